@@ -1,0 +1,212 @@
+# Copyright 2026 The transformers-vamba team
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The cache of a Vamba model: the text's keys and values a row, and those of each video once, whoever reads it."""
+
+import copy
+import itertools
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+
+class MambaState(NamedTuple):
+    """
+    Where a Mamba-2 mixer stands behind a stretch of tokens: all it needs to go on with the next.
+
+    Args:
+        conv (`torch.Tensor` of shape `(1, mamba_d_conv - 1, conv_dim)`): The convolution's last inputs.
+        ssm (`torch.Tensor` of shape `(1, num_mamba_heads, mamba_d_head, mamba_d_state)`): The recurrent state.
+    """
+
+    conv: torch.Tensor
+    ssm: torch.Tensor
+
+
+class VambaVideoLayer(DynamicLayer):
+    """
+    One decoder layer's part of one video: the keys and values that its cross-attention reads, of shape
+    `(1, num_key_value_heads, num_video_tokens, head_dim)`, and the state with which its mixer goes on.
+
+    Keys and values are written once, into storage that grows ahead of need or is reserved by the caller. Where a
+    gradient has to flow into them, they are concatenated instead.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.mixer_state: MambaState | None = None
+        self._storage: torch.Tensor | None = None
+        self._reserved = 0
+
+    def reserve(self, num_tokens: int) -> None:
+        """Sizes the storage, once it is allocated, for `num_tokens` more tokens than are held now."""
+        self._reserved = self.get_seq_length() + num_tokens
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends keys and values, `(1, num_key_value_heads, num_tokens, head_dim)`; returns all of them."""
+        if key_states.requires_grad:
+            self._storage = None
+            return super().update(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self._storage is None or self._storage.shape[-2] < end:
+            self._grow(key_states, start, max(end, self._reserved, start + start // 4))
+        self._storage[0, :, :, start:end] = key_states
+        self._storage[1, :, :, start:end] = value_states
+        self.keys, self.values = self._storage[:, :, :, :end].unbind()
+        return self.keys, self.values
+
+    def _grow(self, key_states: torch.Tensor, length: int, capacity: int) -> None:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, key_states)
+        batch_size, num_heads, _, head_dim = key_states.shape
+        storage = key_states.new_empty(2, batch_size, num_heads, capacity, head_dim)
+        if length:
+            storage[0, :, :, :length] = self.keys
+            storage[1, :, :, :length] = self.values
+        self._storage = storage
+
+    def fork(self) -> "VambaVideoLayer":
+        """
+        A second view of the same keys, values and state. What either appends is not seen by the other: the original
+        goes on in its storage, the fork copies on its first append.
+        """
+        fork = copy.copy(self)
+        fork._storage = None
+        return fork
+
+
+class VambaCache(Cache):
+    """
+    What a Vamba model remembers: `layers`, the text's keys and values as in any Transformers cache, and `videos`,
+    for each video its keys and values and mixer states in every layer. A video is held once, however many beams,
+    samples or questions read it: `rows` says which video each row of the batch reads.
+
+    Everything that `Cache` says of lengths, masks, cropping and so on concerns the text alone.
+
+    Args:
+        config ([`PreTrainedConfig`]): Configuration of the model, for the number and kind of its layers.
+        text_cache ([`Cache`], *optional*):
+            Cache for the text, of any kind (dynamic, static, offloaded, quantised); its layers are taken over. A
+            [`DynamicCache`] by default.
+
+    Attributes:
+        videos (`list[list[VambaVideoLayer]]`): The videos, and of each its decoder layers.
+        rows (`list[int | None]`, *optional*):
+            Index in `videos` of the video that each row of the batch reads, `None` for a row without one. Unset until
+            a batch of text has met the cache.
+    """
+
+    def __init__(self, config: PreTrainedConfig, text_cache: Cache | None = None):
+        text_config = config.get_text_config(decoder=True)
+        text_cache = DynamicCache(config=text_config) if text_cache is None else text_cache
+        offloading = {"offloading": text_cache.offloading}
+        if text_cache.offloading:
+            offloading["offload_only_non_sliding"] = text_cache.only_non_sliding
+        if text_cache.layer_class_to_replicate is not None:
+            super().__init__(layer_class_to_replicate=text_cache.layer_class_to_replicate, **offloading)
+            self.layers = text_cache.layers
+        else:
+            super().__init__(layers=text_cache.layers, **offloading)
+        self.num_video_layers = text_config.num_hidden_layers
+        self.videos: list[list[VambaVideoLayer]] = []
+        self.rows: list[int | None] | None = None
+
+    def __repr__(self):
+        return f"{type(self).__name__}(layers={self.layers}, video_lengths={self.video_lengths}, rows={self.rows})"
+
+    @property
+    def video_lengths(self) -> list[int]:
+        """The number of tokens of each video."""
+        return [video[0].get_seq_length() for video in self.videos]
+
+    def add_video(self) -> int:
+        """Makes room for one more video and returns its index in `videos`."""
+        self.videos.append([VambaVideoLayer() for _ in range(self.num_video_layers)])
+        return len(self.videos) - 1
+
+    def resolve_rows(self, batch_size: int) -> list[int | None]:
+        """
+        The video that each row of a batch reads: as `rows` says; else every row the only video, or each its own.
+
+        Raises:
+            ValueError: where the rows of the batch cannot be matched with the cache.
+        """
+        if self.rows is not None:
+            if len(self.rows) != batch_size:
+                raise ValueError(f"The cache was filled by {len(self.rows)} rows and is now read by {batch_size}.")
+            return self.rows
+        if len(self.videos) <= 1:
+            return [0 if self.videos else None] * batch_size
+        if len(self.videos) != batch_size:
+            raise ValueError(
+                f"The cache holds {len(self.videos)} videos and is read by {batch_size} rows: give as many rows as "
+                "videos, one video for all rows, or set `cache.rows`."
+            )
+        return list(range(batch_size))
+
+    def fork(self) -> "VambaCache":
+        """
+        A cache that shares the videos (not a byte is copied) and has a text of its own, so that several questions can
+        be asked about one video, and a stream can go on while a question is answered.
+        """
+        fork = copy.copy(self)
+        # A dynamic layer never writes into a tensor that it holds; a static one does.
+        fork.layers = [copy.deepcopy(layer) if layer.is_compileable else copy.copy(layer) for layer in self.layers]
+        fork.videos = [[layer.fork() for layer in video] for video in self.videos]
+        fork.rows = None if self.rows is None else list(self.rows)
+        return fork
+
+    def to(self, device: torch.device | str) -> "VambaCache":
+        """Moves the cache to a device, in place, and returns it."""
+        for layer in itertools.chain(self.layers, *self.videos):
+            for name, value in vars(layer).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(layer, name, value.to(device))
+            if layer.is_initialized:
+                layer.device = layer.keys.device
+        for layer in itertools.chain(*self.videos):
+            if layer.mixer_state is not None:
+                layer.mixer_state = MambaState(*(state.to(device) for state in layer.mixer_state))
+            layer._storage = None
+        return self
+
+    def reset(self) -> None:
+        """Forgets the text and the videos."""
+        super().reset()
+        self.videos, self.rows = [], None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.rows is not None:
+            self.rows = [row for row in self.rows for _ in range(repeats)]
+
+    def _select_rows(self, indices: torch.Tensor) -> None:
+        # Where all rows read the same video, as beams do, there is nothing to look up on the device.
+        if self.rows is not None and (len(set(self.rows)) > 1 or len(indices) != len(self.rows)):
+            self.rows = [self.rows[index] for index in torch.arange(len(self.rows))[indices.cpu()].tolist()]
+
+
+__all__ = ["MambaState", "VambaCache", "VambaVideoLayer"]

@@ -1,0 +1,163 @@
+# Copyright 2026 The transformers-vamba team
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Images and videos as `forward` gets them, checked and brought into order row by row."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+
+# One image or video: pixel values of shape `(t * h * w, channels * temporal_patch_size * patch_size**2)`, and its grid
+# `(t, h, w)` in patches.
+Medium = tuple[torch.Tensor, tuple[int, int, int]]
+
+# The inputs of `forward` that describe images and videos.
+MEDIA_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "image_sample_ids",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "video_sample_ids",
+    "mm_token_type_ids",
+)
+
+
+def group_media_by_row(
+    batch_size: int,
+    merge_size: int,
+    pixel_values: torch.Tensor | None = None,
+    image_grid_thw: torch.Tensor | None = None,
+    image_sample_ids: torch.Tensor | None = None,
+    pixel_values_videos: torch.Tensor | None = None,
+    video_grid_thw: torch.Tensor | None = None,
+    video_sample_ids: torch.Tensor | None = None,
+    mm_token_type_ids: torch.Tensor | None = None,
+) -> list[list[Medium]]:
+    """
+    The images and videos of each row, in the order of the prompt.
+
+    Args:
+        batch_size (`int`): Number of rows.
+        merge_size (`int`): Patches that the vision tower merges, along height and along width.
+        pixel_values (`torch.Tensor` of shape `(num_patches, patch_dim)`, *optional*): Patches of all images.
+        image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*): Grid of each image, in patches.
+        image_sample_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*): The row of each image.
+        pixel_values_videos, video_grid_thw, video_sample_ids: The same of videos.
+        mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            1 where the prompt has an image, 2 where it has a video. Without it a row's images come before its videos.
+
+    Raises:
+        ValueError: where the inputs contradict one another, naming both sides.
+    """
+    images = _split_by_row(
+        ("pixel_values", "image_grid_thw", "image_sample_ids"),
+        (pixel_values, image_grid_thw, image_sample_ids),
+        batch_size,
+        merge_size,
+    )
+    videos = _split_by_row(
+        ("pixel_values_videos", "video_grid_thw", "video_sample_ids"),
+        (pixel_values_videos, video_grid_thw, video_sample_ids),
+        batch_size,
+        merge_size,
+    )
+    if mm_token_type_ids is None or not (any(images) or any(videos)):
+        return [row_images + row_videos for row_images, row_videos in zip(images, videos)]
+
+    media = []
+    for row, types in enumerate(mm_token_type_ids.tolist()):
+        types = [token_type for token_type in types if token_type]
+        counts = types.count(1), types.count(2)
+        if types and counts != (len(images[row]), len(videos[row])):
+            raise ValueError(
+                f"The prompt of row {row} has {counts[0]} images and {counts[1]} videos (`mm_token_type_ids`), but "
+                f"{len(images[row])} images and {len(videos[row])} videos are given for it."
+            )
+        queues = {1: iter(images[row]), 2: iter(videos[row])}
+        media.append([next(queues[token_type]) for token_type in types] or images[row] + videos[row])
+    return media
+
+
+def _split_by_row(
+    names: tuple[str, str, str],
+    tensors: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    batch_size: int,
+    merge_size: int,
+) -> list[list[Medium]]:
+    """The media of one kind, by row."""
+    pixels_name, grid_name, ids_name = names
+    pixel_values, grid_thw, sample_ids = tensors
+    rows: list[list[Medium]] = [[] for _ in range(batch_size)]
+    if pixel_values is None and grid_thw is None:
+        return rows
+    if pixel_values is None or grid_thw is None:
+        given, missing = (pixels_name, grid_name) if grid_thw is None else (grid_name, pixels_name)
+        raise ValueError(f"`{given}` was given without `{missing}`; the two go together.")
+    if grid_thw.ndim != 2 or grid_thw.shape[1] != 3:
+        raise ValueError(f"`{grid_name}` must have shape (number of media, 3), got {tuple(grid_thw.shape)}.")
+    grids = [tuple(grid) for grid in grid_thw.tolist()]
+    for grid in grids:
+        if min(grid) < 1 or grid[1] % merge_size or grid[2] % merge_size:
+            raise ValueError(
+                f"`{grid_name}` has an entry {list(grid)}; frames, height and width must be at least 1, and height "
+                f"and width multiples of the merge size {merge_size}."
+            )
+    num_patches = [math.prod(grid) for grid in grids]
+    if pixel_values.ndim != 2 or pixel_values.shape[0] != sum(num_patches):
+        raise ValueError(
+            f"`{pixels_name}` must have shape ({sum(num_patches)}, patch_dim) to match `{grid_name}`, got "
+            f"{tuple(pixel_values.shape)}."
+        )
+
+    if sample_ids is not None:
+        sample_ids = sample_ids.tolist()
+        if len(sample_ids) != len(grids):
+            raise ValueError(f"`{ids_name}` has {len(sample_ids)} entries for the {len(grids)} of `{grid_name}`.")
+        if sample_ids and not 0 <= min(sample_ids) <= max(sample_ids) < batch_size:
+            raise ValueError(f"`{ids_name}` must lie in 0..{batch_size - 1}, the rows of the batch; got {sample_ids}.")
+    elif batch_size == 1:
+        sample_ids = [0] * len(grids)
+    elif len(grids) == batch_size:
+        sample_ids = range(batch_size)
+    else:
+        raise ValueError(
+            f"`{grid_name}` describes {len(grids)} media for {batch_size} rows: say with `{ids_name}` which row each "
+            "belongs to."
+        )
+    for pixels, grid, row in zip(pixel_values.split(num_patches), grids, sample_ids):
+        rows[row].append((pixels, grid))
+    return rows
+
+
+def split_into_segments(media: list[Medium], max_steps: int) -> Iterator[list[Medium]]:
+    """
+    Cuts images and videos, in order, into segments of at most `max_steps` steps of time, that is, entries of the
+    grid's first axis: `temporal_patch_size` frames each, or one image.
+    """
+    segment: list[Medium] = []
+    room = max_steps
+    for pixel_values, (t, h, w) in media:
+        start = 0
+        while start < t:
+            steps = min(t - start, room)
+            segment.append((pixel_values[start * h * w : (start + steps) * h * w], (steps, h, w)))
+            start += steps
+            room -= steps
+            if room == 0:
+                yield segment
+                segment, room = [], max_steps
+    if segment:
+        yield segment

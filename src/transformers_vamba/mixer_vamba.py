@@ -1,0 +1,224 @@
+# Copyright 2026 The transformers-vamba team
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The Mamba-2 mixer that updates the video tokens, over any number of them."""
+
+import inspect
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers.integrations import use_kernelized_func
+from transformers.models.mamba2.modeling_mamba2 import causal_conv1d_fn, mamba2_chunk_scan
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
+from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
+from transformers.utils import is_causal_conv1d_available, is_mamba_2_ssm_available
+
+from .cache_vamba import MambaState
+from .configuration_vamba import VambaTextConfig
+
+
+@use_kernelized_func([causal_conv1d_fn, mamba2_chunk_scan])
+class VambaMixer(nn.Module):
+    """
+    The Mamba-2 mixer ([Dao and Gu, 2024](https://huggingface.co/papers/2405.21060)), with the kernels of `mamba-ssm`
+    and `causal-conv1d` on a CUDA device where both are installed, and Transformers' PyTorch functions otherwise.
+
+    Unlike Transformers' own block it starts from and returns a [`MambaState`], and never takes the fused kernel that
+    reads `out_proj.weight` itself: the projections are called as modules, as adapters and quantised layers need.
+    """
+
+    def __init__(self, config: VambaTextConfig):
+        super().__init__()
+        self.intermediate_size = config.mamba_expand * config.hidden_size
+        self.num_heads = self.intermediate_size // config.mamba_d_head
+        self.head_dim = config.mamba_d_head
+        self.state_size = config.mamba_d_state
+        self.n_groups = config.mamba_n_groups
+        self.chunk_size = config.mamba_chunk_size
+        self.conv_kernel_size = config.mamba_d_conv
+        self.conv_dim = self.intermediate_size + 2 * self.n_groups * self.state_size
+
+        projection_size = self.intermediate_size + self.conv_dim + self.num_heads
+        self.in_proj = nn.Linear(config.hidden_size, projection_size, bias=config.mamba_proj_bias)
+        self.conv1d = nn.Conv1d(
+            self.conv_dim,
+            self.conv_dim,
+            kernel_size=self.conv_kernel_size,
+            groups=self.conv_dim,
+            padding=self.conv_kernel_size - 1,
+            bias=config.mamba_conv_bias,
+        )
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.norm = Zamba2RMSNormGated(
+            self.intermediate_size, group_size=self.intermediate_size // self.n_groups, eps=1e-5
+        )
+        self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.mamba_proj_bias)
+
+    def use_kernels(self, device: torch.device) -> bool:
+        """Whether tokens on `device` go through the CUDA kernels."""
+        return device.type == "cuda" and is_mamba_2_ssm_available() and is_causal_conv1d_available()
+
+    def max_tokens(self, device: torch.device) -> int:
+        """
+        The most tokens to run at once on `device`, a multiple of the chunk size. The Triton kernels index in 32 bits,
+        which `num_tokens * projection_size` must stay well within; the PyTorch scan holds up to `chunk_size *
+        num_heads * state_size` numbers a token, which the limit keeps to half a gigabyte.
+        """
+        if self.use_kernels(device):
+            tokens, chunk_size = 2**29 // self.in_proj.out_features, self.chunk_size
+        else:
+            chunk_size = self._fallback_chunk_size
+            tokens = 2**27 // (chunk_size * self.num_heads * self.state_size)
+        return max(1, tokens // chunk_size) * chunk_size
+
+    @property
+    def _fallback_chunk_size(self) -> int:
+        # The PyTorch scan's work grows with the chunk, which changes no result.
+        return min(self.chunk_size, 64)
+
+    def forward(
+        self, hidden_states: torch.Tensor, lengths: list[int], state: MambaState | None = None
+    ) -> tuple[torch.Tensor, MambaState]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(1, num_tokens, hidden_size)`):
+                The tokens of one or several sequences, one behind the other; at most `max_tokens` of them.
+            lengths (`list[int]`): Length of each sequence; together `num_tokens`.
+            state ([`MambaState`], *optional*): Where the first sequence left off, if it has begun before.
+
+        Returns:
+            `tuple[torch.Tensor, MambaState]`: The mixed tokens, of the same shape, and the state behind the last one.
+        """
+        gate, conv_inputs, dt = self.in_proj(hidden_states).split(
+            [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
+        )
+        if self.use_kernels(hidden_states.device):
+            outputs, state = self._scan(conv_inputs, dt, state, lengths)
+        else:
+            # The PyTorch functions know no sequence boundaries: one sequence after the other.
+            outputs = []
+            for piece in zip(conv_inputs.split(lengths, dim=1), dt.split(lengths, dim=1)):
+                output, last_state = self._scan(*piece, state, [piece[1].shape[1]])
+                outputs.append(output)
+                state = None
+            outputs, state = torch.cat(outputs, dim=1), last_state
+        return self.out_proj(self.norm(outputs, gate)), state
+
+    def _scan(
+        self, conv_inputs: torch.Tensor, dt: torch.Tensor, state: MambaState | None, lengths: list[int]
+    ) -> tuple[torch.Tensor, MambaState]:
+        """The convolution and the state space recurrence over `(1, num_tokens, conv_dim)`."""
+        device = conv_inputs.device
+        num_tokens = conv_inputs.shape[1]
+        convolve, scan, chunk_size = causal_conv1d_fn, mamba2_chunk_scan, self.chunk_size
+        if not self.use_kernels(device):
+            # Transformers prefers an installed kernel even for tensors that are not on its device.
+            convolve, scan = inspect.unwrap(convolve), inspect.unwrap(scan)
+            chunk_size = self._fallback_chunk_size
+        seq_idx = None
+        if len(lengths) > 1:
+            seq_idx = torch.repeat_interleave(
+                torch.arange(len(lengths), device=device, dtype=torch.int32),
+                torch.tensor(lengths, device=device),
+                output_size=num_tokens,
+            )[None]
+
+        window = self.conv_kernel_size - 1
+        conv_seq_idx = seq_idx
+        if state is not None:
+            conv_inputs = torch.cat([state.conv, conv_inputs], dim=1)
+            conv_seq_idx = None if seq_idx is None else nn.functional.pad(seq_idx, (window, 0))
+        last_inputs = conv_inputs if len(lengths) == 1 else conv_inputs[:, -lengths[-1] :]
+        conv_state = nn.functional.pad(last_inputs, (0, 0, max(0, window - last_inputs.shape[1]), 0))[:, -window:]
+        hidden_states = convolve(
+            conv_inputs.transpose(1, 2),
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            seq_idx=conv_seq_idx,
+        )[..., -num_tokens:].transpose(1, 2)
+
+        groups_size = self.n_groups * self.state_size
+        hidden_states, B, C = hidden_states.split([self.intermediate_size, groups_size, groups_size], dim=-1)
+        outputs, ssm_state = scan(
+            hidden_states.unflatten(-1, (self.num_heads, self.head_dim)),
+            dt.float(),
+            -torch.exp(self.A_log.float()),
+            B.unflatten(-1, (self.n_groups, self.state_size)),
+            C.unflatten(-1, (self.n_groups, self.state_size)),
+            chunk_size=chunk_size,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            initial_states=None if state is None else state.ssm,
+            return_final_states=True,
+            seq_idx=seq_idx,
+        )
+        return outputs.flatten(2).to(conv_inputs.dtype), MambaState(conv_state.clone(), ssm_state)
+
+
+class VambaVisionMixer(nn.Module):
+    """The video's half of a decoder layer: `video_states + mixer(norm(video_states))`."""
+
+    def __init__(self, config: VambaTextConfig):
+        super().__init__()
+        self.norm = Qwen2VLRMSNorm(config.hidden_size, eps=1e-5)
+        self.mixer = VambaMixer(config)
+
+    def forward(
+        self, video_states: torch.Tensor, lengths: list[int], state: MambaState | None = None
+    ) -> tuple[torch.Tensor, MambaState | None]:
+        """
+        Runs any number of tokens, in stretches that hand on their state.
+
+        Args:
+            video_states (`torch.Tensor` of shape `(1, num_tokens, hidden_size)`): Sequences one behind the other.
+            lengths (`list[int]`): Length of each sequence; together `num_tokens`.
+            state ([`MambaState`], *optional*): Where the first sequence left off, if it has begun before.
+        """
+        outputs = []
+        start = 0
+        for stretch, is_continued in split_into_stretches(lengths, self.mixer.max_tokens(video_states.device)):
+            residual = video_states[:, start : start + sum(stretch)]
+            start += sum(stretch)
+            hidden_states, stretch_state = self.mixer(self.norm(residual), stretch, state)
+            outputs.append(residual + hidden_states)
+            state = stretch_state if is_continued else None
+        return torch.cat(outputs, dim=1), stretch_state
+
+
+def split_into_stretches(lengths: list[int], max_tokens: int) -> Iterator[tuple[list[int], bool]]:
+    """
+    Groups consecutive sequences into stretches of at most `max_tokens` tokens, and cuts a sequence that is longer than
+    what is left of a stretch. Yields the lengths in each stretch, and whether its last sequence goes on in the next.
+    """
+    stretch = []
+    room = max_tokens
+    for length in lengths:
+        while length > room:
+            yield stretch + [room], True
+            length -= room
+            stretch, room = [], max_tokens
+        stretch.append(length)
+        room -= length
+        if room == 0:
+            yield stretch, False
+            stretch, room = [], max_tokens
+    if stretch:
+        yield stretch, False
+
+
+__all__ = ["VambaMixer", "VambaVisionMixer", "split_into_stretches"]

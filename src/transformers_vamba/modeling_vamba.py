@@ -1,0 +1,765 @@
+# Copyright 2026 The transformers-vamba team
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+PyTorch Vamba model: Qwen2-VL, except that the video never enters the text.
+
+Text tokens attend causally to one another and read the video by cross-attention; the video tokens are updated by a
+Mamba-2 mixer a layer, at linear cost, and never see the text. So everything that the decoder needs of a video, each
+layer's keys and values, can be computed once and ahead of any question, a stretch of frames at a time:
+
+    frames ─► visual ─► mixers, layer by layer ─► VambaCache (keys and values a layer, mixer states)
+                                                      │
+    text ─► embed_tokens ─► decoder layers ◄──────────┘ ─► lm_head
+
+Where no cache is kept (training), both streams go through the decoder layer by layer instead.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    Qwen2VisionTransformerPretrainedModel,
+    Qwen2VLAttention,
+    Qwen2VLDecoderLayer,
+    Qwen2VLModel,
+    Qwen2VLPreTrainedModel,
+    Qwen2VLRMSNorm,
+    Qwen2VLRotaryEmbedding,
+    eager_attention_forward,
+)
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .cache_vamba import VambaCache, VambaVideoLayer
+from .configuration_vamba import VambaConfig, VambaTextConfig
+from .media_vamba import MEDIA_INPUTS, Medium, group_media_by_row, split_into_segments
+from .mixer_vamba import VambaMixer, VambaVisionMixer
+
+
+logger = logging.get_logger(__name__)
+
+
+class VambaCrossAttention(Qwen2VLAttention):
+    """
+    Attention of the text over a video: no mask, no positions. The rows of the batch that read one video are folded
+    into the query dimension, so its keys and values are neither masked, padded nor repeated.
+    """
+
+    def __init__(self, config: VambaTextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.is_causal = False
+
+    def project_video(self, video_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, `(1, num_key_value_heads, num_tokens, head_dim)`, of `(1, num_tokens, hidden_size)`."""
+        shape = (1, video_states.shape[1], -1, self.head_dim)
+        keys = self.k_proj(video_states).view(shape).transpose(1, 2)
+        values = self.v_proj(video_states).view(shape).transpose(1, 2)
+        return keys, values
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        videos: list[tuple[torch.Tensor, torch.Tensor]],
+        rows: list[int | None],
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The normed text.
+            videos (`list[tuple[torch.Tensor, torch.Tensor]]`): Keys and values of each video.
+            rows (`list[int | None]`): The video that each row reads; zeros come back for a row without one.
+        """
+        sequence_length = hidden_states.shape[1]
+        query_states = self.q_proj(hidden_states)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+
+        outputs = []
+        start = 0
+        for video, run in itertools.groupby(rows):
+            num_rows = len(list(run))
+            query = query_states[start : start + num_rows]
+            start += num_rows
+            if video is None:
+                outputs.append(torch.zeros_like(query))
+                continue
+            keys, values = videos[video]
+            attn_output, _ = attention_interface(
+                self,
+                query.reshape(1, num_rows * sequence_length, -1, self.head_dim).transpose(1, 2),
+                keys,
+                values,
+                None,
+                dropout=0.0 if not self.training else self.attention_dropout,
+                scaling=self.scaling,
+                is_causal=False,
+            )
+            outputs.append(attn_output.reshape(query.shape))
+        return self.o_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+
+
+class VambaDecoderLayer(Qwen2VLDecoderLayer):
+    """
+    One layer of both streams (`α` is `alpha`, kept in [0, 1]):
+
+        text:  h += α * self_attn(n) + (1 - α) * cross_attn(n, v),  n = input_layernorm(h)
+               h += mlp(post_attention_layernorm(h))
+        video: v += vision_mixer(v)
+
+    The keys and values are of `v` as it enters the layer. The last layer's mixer has weights in the checkpoint, but
+    nobody reads what it would give, so it does not run.
+    """
+
+    def __init__(self, config: VambaTextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.layer_idx = layer_idx
+        self.cross_attn = VambaCrossAttention(config, layer_idx)
+        self.alpha = nn.Parameter(torch.full((1,), 0.5))
+        self.vision_mixer = VambaVisionMixer(config)
+        self.updates_video = layer_idx < config.num_hidden_layers - 1
+
+    def encode_video(self, video_states: torch.Tensor, layer_cache: VambaVideoLayer) -> torch.Tensor:
+        """
+        The video's half alone: appends the keys and values of `(1, num_tokens, hidden_size)` to the cache, moves its
+        mixer state on, and returns the tokens for the next layer.
+        """
+        layer_cache.update(*self.cross_attn.project_video(video_states))
+        if self.updates_video:
+            video_states, layer_cache.mixer_state = self.vision_mixer(
+                video_states, [video_states.shape[1]], layer_cache.mixer_state
+            )
+        return video_states
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        video_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        video_lengths: list[int] | None = None,
+        cached_videos: list[list[VambaVideoLayer]] | None = None,
+        rows: list[int | None] | None = None,
+        has_video: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The text.
+            video_states (`torch.Tensor` of shape `(1, num_tokens, hidden_size)`, *optional*):
+                The videos, one behind the other, where they go through the decoder together with the text.
+            attention_mask (`torch.Tensor`, *optional*): Mask of the self-attention, as the implementation wants it.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Text positions.
+            past_key_values ([`Cache`], *optional*): The text's cache.
+            position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines of the text positions.
+            video_lengths (`list[int]`, *optional*): Number of tokens of each video in `video_states`.
+            cached_videos (`list[list[VambaVideoLayer]]`, *optional*): The videos, where they have been encoded before.
+            rows (`list[int | None]`, *optional*): The video that each row reads; `None` where no row reads any.
+            has_video (`torch.BoolTensor` of shape `(batch_size, 1, 1)`, *optional*):
+                Which rows read a video; `None` where all do.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor | None]`: Text and video for the next layer.
+        """
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        attn_output, _ = self.self_attn(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        if rows is not None:
+            if video_states is not None:
+                keys, values = self.cross_attn.project_video(video_states)
+                videos = list(zip(keys.split(video_lengths, dim=2), values.split(video_lengths, dim=2)))
+            else:
+                videos = [(video[self.layer_idx].keys, video[self.layer_idx].values) for video in cached_videos]
+            cross_output = self.cross_attn(hidden_states, videos, rows)
+            # Straight-through: the clamped value forwards, the gradient as if there were no clamp.
+            alpha = self.alpha + (self.alpha.clamp(0, 1) - self.alpha).detach()
+            if has_video is not None:
+                alpha = torch.where(has_video, alpha, torch.ones_like(alpha))
+            attn_output = alpha * attn_output + (1 - alpha) * cross_output
+        hidden_states = residual + attn_output
+
+        residual = hidden_states
+        hidden_states = residual + self.mlp(self.post_attention_layernorm(hidden_states))
+
+        if video_states is not None and self.updates_video:
+            video_states, _ = self.vision_mixer(video_states, video_lengths)
+        return hidden_states, video_states
+
+
+class VambaPreTrainedModel(Qwen2VLPreTrainedModel):
+    config: VambaConfig
+    _no_split_modules = ["VambaDecoderLayer", "Qwen2VLVisionBlock"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, VambaDecoderLayer):
+            init.constant_(module.alpha, 0.5)
+        elif isinstance(module, VambaMixer):
+            # Mamba-2's own initialisation: A uniform in [1, 16], the time step log-uniform in [0.001, 0.1] (through
+            # the inverse of softplus), and the output scaled down by the square root of the number of layers.
+            text_config = self.config.get_text_config()
+            init.copy_(module.A_log, torch.empty_like(module.A_log, dtype=torch.float32).uniform_(1, 16).log())
+            dt = torch.empty_like(module.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+            dt = dt.clamp(min=1e-4)
+            init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+            init.ones_(module.D)
+            init.kaiming_uniform_(module.conv1d.weight, a=math.sqrt(5))
+            init.normal_(
+                module.out_proj.weight,
+                std=text_config.initializer_range / math.sqrt(text_config.num_hidden_layers),
+            )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """
+        As [`PreTrainedModel.from_pretrained`], for checkpoints of this package and of the published research code,
+        whose parameters it renames. Unless `output_loading_info=True` or a `state_dict` is given, a checkpoint that
+        lacks parameters is an error instead of a warning and a model with random parts.
+
+        Raises:
+            ValueError: naming the missing parameters.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if output_loading_info:
+            return model, info
+        if info["missing_keys"] and kwargs.get("state_dict") is None:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"The checkpoint {pretrained_model_name_or_path!r} lacks {len(missing)} parameters of "
+                f"{cls.__name__}: {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}. To start from a "
+                "Qwen2-VL checkpoint, use `from_qwen2_vl`; to load it all the same and look at what is missing, pass "
+                "`output_loading_info=True`."
+            )
+        return model
+
+    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
+        """
+        As [`PreTrainedModel.save_pretrained`], with the parameters under their names in this package. With
+        `save_original_format=True` they get the names of the published research code.
+        """
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+
+class VambaTextModel(VambaPreTrainedModel):
+    """The decoder. On its own a causal text model; videos come in a [`VambaCache`] or as `video_states`."""
+
+    config: VambaTextConfig
+    input_modalities = ("text",)
+    _can_record_outputs = {
+        "hidden_states": VambaDecoderLayer,
+        "attentions": OutputRecorder(Qwen2VLAttention, index=1, layer_name="self_attn"),
+    }
+
+    def __init__(self, config: VambaTextConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [VambaDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = Qwen2VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen2VLRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def encode_video(self, video_states: torch.Tensor, video_cache: list[VambaVideoLayer]) -> None:
+        """Appends video tokens of shape `(1, num_tokens, hidden_size)` to one video of a cache, in every layer."""
+        for decoder_layer, layer_cache in zip(self.layers, video_cache):
+            video_states = decoder_layer.encode_video(video_states, layer_cache)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        video_states: torch.FloatTensor | None = None,
+        video_lengths: list[int] | None = None,
+        rows: list[int | None] | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Token ids.
+            attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
+                1 for text tokens to attend to, 0 for padding; or masks already prepared.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Text positions. Restarting at 0 within a row, they keep packed sequences apart in the self-attention.
+            past_key_values ([`Cache`], *optional*): A [`VambaCache`], or any cache for text alone.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embedded tokens instead of `input_ids`.
+            use_cache (`bool`, *optional*): Whether to keep the text's keys and values.
+            video_states (`torch.FloatTensor` of shape `(1, num_tokens, hidden_size)`, *optional*):
+                Outputs of the vision tower for videos that are not in the cache, one behind the other.
+            video_lengths (`list[int]`, *optional*): Number of tokens of each video in `video_states`.
+            rows (`list[int | None]`, *optional*): The video in `video_states` that each row reads.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch_size, sequence_length, _ = inputs_embeds.shape
+
+        if use_cache and past_key_values is None:
+            past_key_values = VambaCache(self.config)
+        cached_videos = None
+        if isinstance(past_key_values, VambaCache) and video_states is None:
+            cached_videos = past_key_values.videos
+            rows = past_key_values.resolve_rows(batch_size)
+            if use_cache:
+                past_key_values.rows = rows
+        # A cache may serve for its videos alone.
+        text_cache = past_key_values
+        if not use_cache and past_key_values is not None and past_key_values.get_seq_length() == 0:
+            text_cache = None
+
+        has_video = None
+        if rows is None or all(row is None for row in rows):
+            rows = None
+        elif any(row is None for row in rows):
+            has_video = torch.tensor([row is not None for row in rows], device=inputs_embeds.device).view(-1, 1, 1)
+
+        if position_ids is None:
+            past_seen_tokens = text_cache.get_seq_length() if text_cache is not None else 0
+            position_ids = torch.arange(sequence_length, device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.expand(batch_size, -1)
+        elif position_ids.ndim == 3:
+            # Qwen2-VL's three axes (or four, with the text positions in front): all equal here.
+            position_ids = position_ids[0]
+
+        if not isinstance(causal_mask_mapping := attention_mask, dict):
+            mask_kwargs = {
+                "config": self.config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "past_key_values": text_cache,
+                "position_ids": position_ids,
+            }
+            causal_mask_mapping = {"full_attention": create_causal_mask(**mask_kwargs)}
+            if "sliding_attention" in self.config.layer_types:
+                causal_mask_mapping["sliding_attention"] = create_sliding_window_causal_mask(**mask_kwargs)
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids.expand(3, batch_size, -1))
+        for decoder_layer, layer_type in zip(self.layers, self.config.layer_types):
+            hidden_states, video_states = decoder_layer(
+                hidden_states,
+                video_states,
+                attention_mask=causal_mask_mapping[layer_type],
+                position_ids=position_ids,
+                past_key_values=text_cache,
+                position_embeddings=position_embeddings,
+                video_lengths=video_lengths,
+                cached_videos=cached_videos,
+                rows=rows,
+                has_video=has_video,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+        )
+
+
+class VambaModel(VambaPreTrainedModel):
+    """Vision tower and decoder."""
+
+    # Reference: fix gemma3 grad acc #37208
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: VambaConfig):
+        super().__init__(config)
+        self.visual = Qwen2VisionTransformerPretrainedModel._from_config(config.vision_config)
+        self.language_model = VambaTextModel._from_config(config.text_config)
+        self.post_init()
+
+    get_image_features = Qwen2VLModel.get_image_features
+    get_video_features = Qwen2VLModel.get_video_features
+
+    def embed_media(self, media: list[Medium]) -> torch.Tensor:
+        """The vision tower's output, `(1, num_tokens, hidden_size)`, for images and videos in order."""
+        pixel_values = torch.cat([pixels for pixels, _ in media]).to(self.visual.device, self.visual.dtype)
+        grid_thw = torch.tensor([grid for _, grid in media], device=self.visual.device)
+        embeds = self.visual(pixel_values, grid_thw=grid_thw).pooler_output
+        return embeds.to(self.language_model.device, self.language_model.dtype)[None]
+
+    def encode_media(self, media: list[list[Medium]], cache: VambaCache, segment_frames: int = 64) -> None:
+        """
+        Encodes each row's images and videos, in order, behind what the cache holds for that row, `segment_frames`
+        frames at a time: vision tower, mixers, keys and values. Sets `cache.rows`.
+        """
+        rows = list(cache.resolve_rows(len(media)))
+        vision_config = self.config.vision_config
+        for row, row_media in enumerate(media):
+            if not row_media:
+                continue
+            if rows[row] is None:
+                rows[row] = cache.add_video()
+            elif rows.count(rows[row]) > 1:
+                raise ValueError(
+                    f"Row {row} brings images or videos, but shares its video in the cache with other rows. Append to "
+                    "a shared video with `encode_video`, before the batch of questions."
+                )
+            video = cache.videos[rows[row]]
+            num_tokens = sum(math.prod(grid) for _, grid in row_media) // vision_config.spatial_merge_size**2
+            for layer_cache in video:
+                layer_cache.reserve(num_tokens)
+            for segment in split_into_segments(row_media, max(1, segment_frames // vision_config.temporal_patch_size)):
+                self.language_model.encode_video(self.embed_media(segment), video)
+        cache.rows = rows
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        image_sample_ids: torch.LongTensor | None = None,
+        video_sample_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPast:
+        """See [`VambaForConditionalGeneration.forward`]."""
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if use_cache is None:
+            use_cache = self.config.text_config.use_cache and not self.training
+        elif use_cache and self.training and self.language_model.gradient_checkpointing:
+            logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing; no cache is kept.")
+            use_cache = False
+
+        media = group_media_by_row(
+            inputs_embeds.shape[0],
+            self.config.vision_config.spatial_merge_size,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            image_sample_ids=image_sample_ids,
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
+            video_sample_ids=video_sample_ids,
+            mm_token_type_ids=mm_token_type_ids,
+        )
+        if any(media):
+            if past_key_values is None and torch.is_grad_enabled() and not use_cache:
+                kwargs.update(self._video_stream(media))
+            else:
+                if not isinstance(past_key_values, VambaCache):
+                    past_key_values = VambaCache(self.config, past_key_values)
+                self.encode_media(media, past_key_values)
+
+        return self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _video_stream(self, media: list[list[Medium]]) -> dict:
+        """The videos of a batch one behind the other, for a pass through the decoder together with the text."""
+        merged_patches = self.config.vision_config.spatial_merge_size**2
+        rows, lengths = [], []
+        for row_media in media:
+            rows.append(len(lengths) if row_media else None)
+            if row_media:
+                lengths.append(sum(math.prod(grid) for _, grid in row_media) // merged_patches)
+        return {
+            "video_states": self.embed_media(list(itertools.chain(*media))),
+            "video_lengths": lengths,
+            "rows": rows,
+        }
+
+
+class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: VambaConfig):
+        super().__init__(config)
+        self.model = VambaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_qwen2_vl(cls, pretrained_model_name_or_path, text_config: dict | None = None, **kwargs):
+        """
+        A new Vamba from a Qwen2-VL checkpoint, as published: cross-attention starts as a copy of self-attention, α at
+        0.5, and the mixers from their own initialisation.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A Qwen2-VL checkpoint of any size.
+            text_config (`dict`, *optional*): Fields of [`VambaTextConfig`] to set, such as `mamba_d_state`.
+            kwargs: As for [`PreTrainedModel.from_pretrained`].
+
+        Raises:
+            ValueError: for a checkpoint of another architecture, or one that does not fill all of Qwen2-VL's part.
+        """
+        config_dict, _ = Qwen2VLConfig.get_config_dict(pretrained_model_name_or_path)
+        if config_dict.get("model_type") != "qwen2_vl" or "vision_mamba_mixer_config" in config_dict:
+            raise ValueError(
+                f"{pretrained_model_name_or_path!r} is no Qwen2-VL checkpoint: its config.json says model_type "
+                f"{config_dict.get('model_type')!r}, expected 'qwen2_vl' without a Vamba mixer."
+            )
+        source = Qwen2VLConfig.from_dict(config_dict).to_dict()
+        source["text_config"].update(text_config or {})
+        for section in (source, source["text_config"], source["vision_config"]):
+            section.pop("model_type")
+        source.pop("architectures")
+        model, info = cls.from_pretrained(
+            pretrained_model_name_or_path, config=VambaConfig(**source), output_loading_info=True, **kwargs
+        )
+        own_parts = (".cross_attn.", ".vision_mixer.", ".alpha")
+        missing = [key for key in sorted(info["missing_keys"]) if not any(part in key for part in own_parts)]
+        if missing or info["unexpected_keys"]:
+            raise ValueError(
+                f"{pretrained_model_name_or_path!r} does not fit Qwen2-VL: missing {missing[:8]}, unexpected "
+                f"{sorted(info['unexpected_keys'])[:8]}."
+            )
+        for layer in model.model.language_model.layers:
+            layer.cross_attn.load_state_dict(layer.self_attn.state_dict())
+        return model
+
+    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor, **kwargs):
+        """See [`Qwen2VLModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    def get_video_features(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.LongTensor, **kwargs):
+        """See [`Qwen2VLModel.get_video_features`]."""
+        return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+
+    @torch.no_grad()
+    def encode_video(
+        self,
+        pixel_values_videos: torch.FloatTensor,
+        video_grid_thw: torch.LongTensor,
+        video_sample_ids: torch.LongTensor | None = None,
+        past_key_values: VambaCache | None = None,
+        segment_frames: int = 64,
+    ) -> VambaCache:
+        r"""
+        Encodes videos without any text, or appends to videos encoded before (a live stream, or a long file in pieces).
+        Ask questions against the result with `generate(..., past_key_values=cache.fork())`.
+
+        Args:
+            pixel_values_videos (`torch.FloatTensor` of shape `(num_patches, patch_dim)`):
+                Patches of the videos, on any device: a segment at a time moves to the model's.
+            video_grid_thw (`torch.LongTensor` of shape `(num_videos, 3)`):
+                Frames (in steps of `temporal_patch_size`), height and width of each video, in patches.
+            video_sample_ids (`torch.LongTensor` of shape `(num_videos,)`, *optional*):
+                The row that each video belongs to, for a cache of several rows. By default all are of one row, in
+                order.
+            past_key_values ([`VambaCache`], *optional*): The cache to append to, in place.
+            segment_frames (`int`, *optional*, defaults to 64):
+                Frames that go through the model at once. Bounds the memory and changes the result by rounding only.
+
+        Returns:
+            [`VambaCache`]: The cache given, or a new one.
+
+        Raises:
+            ValueError: where patches, grids and rows do not match.
+        """
+        if segment_frames < 1:
+            raise ValueError(f"`segment_frames` must be at least 1, got {segment_frames}.")
+        cache = VambaCache(self.config) if past_key_values is None else past_key_values
+        rows_read = cache.rows
+        num_rows = 1 if video_sample_ids is None else int(video_sample_ids.max()) + 1
+        media = group_media_by_row(
+            num_rows if rows_read is None else len(rows_read),
+            self.config.vision_config.spatial_merge_size,
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
+            video_sample_ids=video_sample_ids,
+        )
+        self.model.encode_media(media, cache, segment_frames)
+        if rows_read is None and cache.rows == list(range(len(cache.videos))):
+            cache.rows = None  # no text has been read yet: any number of rows may come to read the video
+        return cache
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        image_sample_ids: torch.LongTensor | None = None,
+        video_sample_ids: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> tuple | CausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids of the text. An image or video takes no tokens beyond those that stand around it.
+            attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
+                1 for text tokens to attend to, 0 for padding on either side.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Text positions.
+            past_key_values ([`Cache`], *optional*):
+                A [`VambaCache`], with videos encoded before or text read before; or any cache for text alone.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embedded tokens instead of `input_ids`.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Ids to predict, -100 where there is nothing to; shifted inside.
+            use_cache (`bool`, *optional*):
+                Whether to return a [`VambaCache`]. By default as the configuration says, and not in training.
+            pixel_values (`torch.Tensor` of shape `(num_image_patches, patch_dim)`, *optional*): Patches of all images.
+            pixel_values_videos (`torch.Tensor` of shape `(num_video_patches, patch_dim)`, *optional*): And all videos.
+            image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*):
+                Time, height and width of each image in patches.
+            video_grid_thw (`torch.LongTensor` of shape `(num_videos, 3)`, *optional*): And of each video.
+            mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 where an image stands in the prompt, 2 where a video does, else 0: their order within a row. Without
+                it a row's images come before its videos.
+            image_sample_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*):
+                The row that each image belongs to. By default all media are of the only row, or one of each.
+            video_sample_ids (`torch.LongTensor` of shape `(num_videos,)`, *optional*): And each video.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Compute logits for the last `logits_to_keep` positions only (0: all), or for those that a 1-D tensor
+                lists.
+
+        Raises:
+            ValueError: where media, grids, rows and prompt do not match, naming both sides.
+
+        Example:
+
+        ```python
+        >>> import transformers_vamba
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        >>> model = AutoModelForImageTextToText.from_pretrained(path)
+        >>> processor = AutoProcessor.from_pretrained(path)
+        >>> content = [{"type": "video", "path": "movie.mp4"}, {"type": "text", "text": "What happens?"}]
+        >>> inputs = processor.apply_chat_template(
+        ...     [{"role": "user", "content": content}],
+        ...     tokenize=True,
+        ...     add_generation_prompt=True,
+        ...     return_dict=True,
+        ...     return_tensors="pt",
+        ... )
+        >>> generated = model.generate(**inputs, max_new_tokens=64)
+        >>> processor.batch_decode(generated[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        ```"""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            image_sample_ids=image_sample_ids,
+            video_sample_ids=video_sample_ids,
+            **kwargs,
+        )
+        slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, slice_indices, :])
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _expand_inputs_for_generation(self, *args, **model_kwargs):
+        # Beams and samples share their images and videos, which go into the cache before anything is repeated.
+        media = {name: model_kwargs.pop(name) for name in MEDIA_INPUTS if name in model_kwargs}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(*args, **model_kwargs)
+        return input_ids, model_kwargs | media
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        media = group_media_by_row(
+            batch_size,
+            self.config.vision_config.spatial_merge_size,
+            **{name: model_kwargs.pop(name) for name in MEDIA_INPUTS if name in model_kwargs},
+        )
+        cache = model_kwargs.get("past_key_values")
+        if cache is None and not any(media):
+            return
+        if not isinstance(cache, VambaCache):
+            cache = VambaCache(self.config, cache)
+        self.model.encode_media(media, cache)
+        num_copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        cache.rows = [row for row in cache.rows for _ in range(num_copies)]
+        model_kwargs["past_key_values"] = cache
+
+
+# A checkpoint of the published research code names its parts as Qwen2-VL's does.
+for _architecture in ("Model", "ForConditionalGeneration"):
+    register_checkpoint_conversion_mapping(
+        f"Vamba{_architecture}", get_checkpoint_conversion_mapping(f"Qwen2VL{_architecture}"), overwrite=True
+    )
+
+
+__all__ = ["VambaForConditionalGeneration", "VambaModel", "VambaPreTrainedModel", "VambaTextModel"]
