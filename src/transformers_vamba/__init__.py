@@ -14,11 +14,21 @@
 """Vamba, the hybrid Mamba-Transformer for hour-long video. Importing it registers the Auto classes of Transformers."""
 
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoVideoProcessor,
+    Qwen2VLImageProcessor,
+)
 
 from .cache_vamba import VambaCache
 from .configuration_vamba import VambaConfig, VambaTextConfig
 from .modeling_vamba import VambaForConditionalGeneration, VambaModel, VambaPreTrainedModel, VambaTextModel
+from .processing_vamba import VambaProcessor
+from .video_processing_vamba import VambaVideoProcessor
 
 
 AutoConfig.register("vamba", VambaConfig)
@@ -28,6 +38,9 @@ AutoModel.register(VambaTextConfig, VambaTextModel)
 AutoModelForImageTextToText.register(VambaConfig, VambaForConditionalGeneration)
 if hasattr(transformers, "AutoModelForMultimodalLM"):
     transformers.AutoModelForMultimodalLM.register(VambaConfig, VambaForConditionalGeneration)
+AutoImageProcessor.register(VambaConfig, Qwen2VLImageProcessor)
+AutoVideoProcessor.register(VambaConfig, VambaVideoProcessor)
+AutoProcessor.register(VambaConfig, VambaProcessor)
 
 
 __all__ = [
@@ -36,6 +49,8 @@ __all__ = [
     "VambaForConditionalGeneration",
     "VambaModel",
     "VambaPreTrainedModel",
+    "VambaProcessor",
     "VambaTextConfig",
     "VambaTextModel",
+    "VambaVideoProcessor",
 ]

@@ -33,10 +33,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -755,11 +753,12 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
         model_kwargs["past_key_values"] = cache
 
 
-# A checkpoint of the published research code names its parts as Qwen2-VL's does.
-for _architecture in ("Model", "ForConditionalGeneration"):
-    register_checkpoint_conversion_mapping(
-        f"Vamba{_architecture}", get_checkpoint_conversion_mapping(f"Qwen2VL{_architecture}"), overwrite=True
-    )
+# Parameter names of the published research code (which are Qwen2-VL's), for `from_pretrained`.
+_RENAME_DECODER = WeightRenaming(r"^model(?!\.(language_model|visual))", "model.language_model")
+register_checkpoint_conversion_mapping("VambaModel", [_RENAME_DECODER], overwrite=True)
+register_checkpoint_conversion_mapping(
+    "VambaForConditionalGeneration", [WeightRenaming(r"^visual", "model.visual"), _RENAME_DECODER], overwrite=True
+)
 
 
 __all__ = ["VambaForConditionalGeneration", "VambaModel", "VambaPreTrainedModel", "VambaTextModel"]

@@ -1,0 +1,237 @@
+# Copyright 2026 The transformers-vamba team
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Processor class for Vamba."""
+
+import re
+
+import numpy as np
+import torch
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import make_flat_list_of_images
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
+
+from .video_processing_vamba import VambaVideoProcessor, flatten_videos, normalize_videos
+
+
+MEDIUM_TYPE_IDS = {"image": 1, "video": 2}
+
+
+class VambaProcessor(Qwen2VLProcessor):
+    r"""
+    Constructs a Vamba processor: Qwen2-VL's, except that no token stands for the pixels of an image or a video.
+
+    Vamba reads images and videos by cross-attention, so the placeholder of each, `<|image_pad|>` or `<|video_pad|>`,
+    is taken out of the text and `<|vision_start|><|vision_end|>` remains. Which row and which place an image or a
+    video has is returned beside the text.
+    """
+
+    vision_start_token = "<|vision_start|>"
+    vision_end_token = "<|vision_end|>"
+
+    def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
+        if video_processor is None or isinstance(video_processor, Qwen2VLVideoProcessor):
+            # The published checkpoint and Qwen2-VL's describe only an image processor, and Transformers makes
+            # Qwen2-VL's video processor from that: it samples no frames and takes `size` for numbers of pixels.
+            shared = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+            video_processor = VambaVideoProcessor(**{name: getattr(image_processor, name) for name in shared})
+        super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
+
+    def __call__(
+        self,
+        images=None,
+        text: str | list[str] | None = None,
+        videos=None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> BatchFeature:
+        """
+        Prepares text, images and videos for the model.
+
+        Args:
+            images (*optional*):
+                One image, a list of images in the order of the placeholders, or a list of images for each row.
+            text (`str` or `list[str]`, *optional*):
+                The prompts, with a placeholder for each image and video. Without it, only the pixels are returned.
+            videos (*optional*):
+                One video, a list of videos in the order of the placeholders, or a list of videos for each row. See
+                [`~video_processing_vamba.normalize_videos`] for the forms of a video.
+            **kwargs:
+                Arguments of the tokenizer, the image processor and the video processor. `padding_side` is `"left"`,
+                for generation, unless given here: the tokenizer's own is not read, as saving keeps the last one used.
+
+        Returns:
+            `BatchFeature`:
+
+            - **input_ids**, **attention_mask** -- int64 of shape (rows, tokens), padded on the left by default.
+            - **mm_token_type_ids** -- int64 of shape (rows, tokens), unless `return_mm_token_type_ids=False`: 1 at the
+              `<|vision_start|>` of each image, 2 at that of each video, 0 elsewhere. A row in which an image or a
+              video has no `<|vision_start|><|vision_end|>` of its own is 0 everywhere.
+            - **pixel_values**, **image_grid_thw**, **pixel_values_videos**, **video_grid_thw** -- where there are
+              images or videos, as Qwen2-VL's.
+            - **image_sample_ids**, **video_sample_ids** -- int64 of shape (images,) and (videos,), where there are any
+              and text: the row that each belongs to.
+
+        Raises:
+            `ValueError`: when the images or videos do not match the placeholders, when truncation cut one off, or when
+                a row mixes images and videos and their order cannot be marked.
+        """
+        text_kwargs = dict(kwargs.pop("text_kwargs", {}))
+
+        def pop_text_kwarg(name, default):
+            return kwargs.pop(name, text_kwargs.pop(name, default))
+
+        return_mm_token_type_ids = pop_text_kwarg("return_mm_token_type_ids", True)
+        return_text_replacement_offsets = pop_text_kwarg("return_text_replacement_offsets", False)
+        padding_side = pop_text_kwarg("padding_side", "left")
+        if text_kwargs:
+            kwargs["text_kwargs"] = text_kwargs
+        text = [text] if isinstance(text, str) else text
+        outputs = super().__call__(
+            images=images,
+            text=text,
+            videos=videos,
+            return_mm_token_type_ids=False,
+            return_text_replacement_offsets=True,
+            padding_side=padding_side,
+            **kwargs,
+        )
+        if text is None:
+            return outputs
+
+        offsets = outputs["text_replacement_offsets"]
+        if not return_text_replacement_offsets:
+            del outputs["text_replacement_offsets"]
+        media = [[replacement["type"] for replacement in row] for row in offsets]
+        for medium in MEDIUM_TYPE_IDS:
+            sample_ids = [row for row, row_media in enumerate(media) for kind in row_media if kind == medium]
+            if sample_ids:
+                sample_ids = torch.tensor(sample_ids)
+                as_numpy = isinstance(outputs["input_ids"], np.ndarray)
+                outputs[f"{medium}_sample_ids"] = sample_ids.numpy() if as_numpy else sample_ids
+        if return_mm_token_type_ids:
+            outputs["mm_token_type_ids"] = self._mark_media(text, outputs["input_ids"], media)
+        return outputs
+
+    def _mark_media(self, text: list[str], input_ids, media: list[list[str]]):
+        """
+        Marks the `<|vision_start|>` of each image and video.
+
+        Args:
+            text (`list[str]`):
+                The prompts with their placeholders.
+            input_ids (`list[list[int]]`, `torch.Tensor` or `np.ndarray` of shape (rows, tokens)):
+                The tokens of the prompts without their placeholders.
+            media (`list[list[str]]`):
+                For each row `"image"` or `"video"` for each placeholder.
+
+        Returns:
+            The marks, of the type and shape of `input_ids`.
+        """
+        start, end, image, video = map(
+            re.escape, (self.vision_start_token, self.vision_end_token, self.image_token, self.video_token)
+        )
+        # Each match is one `<|vision_start|><|vision_end|>` in the tokens: of a medium, if it holds one placeholder.
+        wrapper = re.compile(f"{start}((?:{image}|{video})*){end}")
+        type_ids = {"": 0, self.image_token: MEDIUM_TYPE_IDS["image"], self.video_token: MEDIUM_TYPE_IDS["video"]}
+        start_id, end_id = self.tokenizer.convert_tokens_to_ids([self.vision_start_token, self.vision_end_token])
+
+        rows = input_ids if isinstance(input_ids, list) else input_ids.tolist()
+        marks = []
+        for row, (sample, ids, row_media) in enumerate(zip(text, rows, media, strict=True)):
+            starts = [i for i in range(len(ids) - 1) if ids[i] == start_id and ids[i + 1] == end_id]
+            kinds = [type_ids.get(placeholders, 0) for placeholders in wrapper.findall(sample)]
+            if len(starts) != len(kinds):
+                raise ValueError(
+                    f"Row {row} has {len(kinds)} {self.vision_start_token}{self.vision_end_token} in its text but "
+                    f"{len(starts)} in its tokens. Do not truncate text with images or videos, or raise `max_length`."
+                )
+            row_marks = [0] * len(ids)
+            if sum(kind > 0 for kind in kinds) == len(row_media):
+                for position, kind in zip(starts, kinds, strict=True):
+                    row_marks[position] = kind
+            elif len(set(row_media)) > 1:
+                raise ValueError(
+                    f"Row {row} mixes images and videos, so each placeholder must stand between "
+                    f"{self.vision_start_token} and {self.vision_end_token} to mark their order."
+                )
+            marks.append(row_marks)
+
+        if isinstance(input_ids, torch.Tensor):
+            return torch.tensor(marks)
+        return np.array(marks) if isinstance(input_ids, np.ndarray) else marks
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, **kwargs):
+        if videos is not None:
+            videos = normalize_videos(videos)
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
+
+    def validate_inputs(self, images=None, text=None, videos=None, **kwargs):
+        if text is not None:
+            if not all(isinstance(sample, str) for sample in text):
+                raise ValueError(f"`text` must be a string or a list of strings, got {text!r}.")
+            self._check_counts("image", text, self.image_token, images, make_flat_list_of_images)
+            self._check_counts("video", text, self.video_token, videos, flatten_videos)
+        super().validate_inputs(images=images, text=text, videos=videos, **kwargs)
+
+    @staticmethod
+    def _check_counts(medium: str, text: list[str], token: str, media, flatten):
+        """Raises a `ValueError` unless there are as many media as placeholders, in each row if given by row."""
+        counts = [sample.count(token) for sample in text]
+        num_media = len(flatten(media)) if media is not None else 0
+        if sum(counts) != num_media:
+            raise ValueError(
+                f"The text has {sum(counts)} {token} placeholder(s) but {num_media} {medium}(s) were given: each "
+                f"{medium} needs its placeholder."
+            )
+        if isinstance(media, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in media):
+            row_counts = [len(row) for row in media]
+            if row_counts != counts:
+                raise ValueError(
+                    f"The rows of the text have {counts} {token} placeholder(s) but {row_counts} {medium}(s) were "
+                    "given for them."
+                )
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return ""
+
+    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
+        return ""
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
+        """
+        Number of placeholder tokens that images and videos take in the text, which is none, and of their patches.
+
+        Args:
+            image_sizes (`list[list[int]]`, *optional*):
+                Height and width of each image.
+            video_sizes (`list[list[int]]`, *optional*):
+                Number of frames, height and width of each video.
+        """
+        vision_data = {}
+        if image_sizes is not None:
+            vision_data["num_image_tokens"] = [0] * len(image_sizes)
+            vision_data["num_image_patches"] = [
+                self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes
+            ]
+        if video_sizes is not None:
+            vision_data["num_video_tokens"] = [0] * len(video_sizes)
+        return MultiModalData(**vision_data)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return super().model_input_names + ["image_sample_ids", "video_sample_ids"]
+
+
+__all__ = ["VambaProcessor"]

@@ -1,0 +1,493 @@
+# Copyright 2026 The transformers-vamba team
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Video processor class for Vamba."""
+
+import os
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+import numpy as np
+import PIL.Image
+import torch
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict, load_image
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor, smart_resize
+from transformers.processing_utils import Unpack, VideosKwargs
+from transformers.utils import requires_backends
+from transformers.video_processing_utils import BaseVideoProcessor
+from transformers.video_utils import is_valid_video_frame, load_video, make_batched_metadata
+
+
+class VambaVideoProcessorKwargs(VideosKwargs, total=False):
+    r"""
+    min_pixels (`int`, *optional*, defaults to `56 * 56`):
+        Least number of pixels of a frame after the last resize, to multiples of `patch_size * merge_size`.
+    max_pixels (`int`, *optional*, defaults to `28 * 28 * 1280`):
+        Greatest number of pixels of a frame after the last resize.
+    patch_size (`int`, *optional*, defaults to 14):
+        Edge of a patch of the vision encoder, in pixels.
+    temporal_patch_size (`int`, *optional*, defaults to 2):
+        Number of frames in a patch of the vision encoder.
+    merge_size (`int`, *optional*, defaults to 2):
+        Number of patches along each edge that become one token.
+    min_frames (`int`, *optional*):
+        Least number of frames to sample. The number of frames of the video still bounds it.
+    max_frames (`int`, *optional*):
+        Greatest number of frames to sample.
+    """
+
+    min_pixels: int
+    max_pixels: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    min_frames: int | None
+    max_frames: int | None
+
+
+def is_frame_list(video) -> bool:
+    """Whether `video` is a non-empty list of frames: PIL images or three-dimensional arrays."""
+    return isinstance(video, (list, tuple)) and len(video) > 0 and all(is_valid_video_frame(frame) for frame in video)
+
+
+def normalize_video(video) -> str | np.ndarray | torch.Tensor:
+    """
+    Brings one video into one of two forms.
+
+    Args:
+        video:
+            A path, a URL, a list of frames (PIL images, arrays of shape (height, width, channels) or (channels,
+            height, width), or paths or URLs of images), one such frame, or an array of shape (frames, height, width,
+            channels) or (frames, channels, height, width).
+
+    Returns:
+        `str`, `np.ndarray` or `torch.Tensor`: the path or URL, or a four-dimensional array.
+
+    Raises:
+        `ValueError`: for anything else, and for frames of different sizes.
+    """
+    if isinstance(video, (str, os.PathLike)):
+        return os.fspath(video)
+    if getattr(video, "ndim", None) == 4:
+        return video
+    if isinstance(video, (list, tuple)) and video and all(isinstance(frame, (str, os.PathLike)) for frame in video):
+        video = [load_image(os.fspath(frame)) for frame in video]
+    if is_valid_video_frame(video):
+        video = [video]
+    if not is_frame_list(video):
+        form = f"an array of shape {tuple(video.shape)}" if hasattr(video, "shape") else f"{type(video)}"
+        raise ValueError(
+            "A video must be a path, a URL, a list of frames or an array of shape (frames, height, width, channels) "
+            f"or (frames, channels, height, width), got {form}."
+        )
+    frames = [np.asarray(frame.convert("RGB")) if isinstance(frame, PIL.Image.Image) else frame for frame in video]
+    shapes = sorted({tuple(frame.shape) for frame in frames})
+    if len(shapes) > 1:
+        raise ValueError(f"The frames of a video must have one shape, got {shapes}.")
+    if all(isinstance(frame, torch.Tensor) for frame in frames):
+        return torch.stack(frames)
+    return np.stack(frames)
+
+
+def normalize_videos(videos) -> list:
+    """
+    Brings videos into a list with an entry for each video, or for each batch row a list of videos, as they were given.
+
+    Args:
+        videos:
+            One video in any form that [`normalize_video`] takes, a list or five-dimensional array of videos, or a
+            list with a list of videos for each batch row. Frames given as paths need the last form: a list of paths
+            elsewhere is a list of videos.
+
+    Returns:
+        `list`: strings and four-dimensional arrays, or lists of these.
+    """
+    if getattr(videos, "ndim", None) == 5:
+        videos = list(videos)
+    elif not isinstance(videos, (list, tuple)) or is_frame_list(videos):
+        videos = [videos]
+    return [
+        [normalize_video(video) for video in item]
+        if isinstance(item, (list, tuple)) and not is_frame_list(item)
+        else normalize_video(item)
+        for item in videos
+    ]
+
+
+def flatten_videos(videos: list) -> list[str | np.ndarray | torch.Tensor]:
+    """Drops the row structure of what [`normalize_videos`] returns."""
+    return [video for item in videos for video in (item if isinstance(item, list) else [item])]
+
+
+def count_frames(path: str) -> int:
+    """
+    Counts the frames that decoding the first video stream of a file gives, without decoding it.
+
+    Many containers (Matroska, fragmented MP4) do not state the number, and an MP4 edit list hides frames it states.
+
+    Raises:
+        `ValueError`: when frames that the container lists are not in the file, as in a truncated file.
+    """
+    import av
+
+    found = hidden = 0
+    with av.open(path) as container:
+        stated = container.streams.video[0].frames
+        for packet in container.demux(video=0):
+            if packet.size and not packet.is_corrupt:
+                found += 1
+                hidden += packet.is_discard
+    if found < stated:
+        raise ValueError(f"only {found} of its {stated} frames are there, the file is truncated")
+    return found - hidden
+
+
+def whole_patches(num_frames: int, temporal_patch_size: int) -> int:
+    """Number of frames left when those that fill no temporal patch are dropped, unless there is no whole patch."""
+    return max(num_frames - num_frames % temporal_patch_size, min(num_frames, temporal_patch_size))
+
+
+class VambaVideoProcessor(BaseVideoProcessor):
+    r"""
+    Constructs a Vamba video processor: samples frames, resizes them, and flattens them into patches as Qwen2-VL does.
+
+    Frames are sampled by count (`num_frames`, the default) or by rate (`fps`, frames per second), one of the two;
+    given in a call, either replaces the other's default. A frame that is longer than `size["longest_edge"]` pixels is
+    shrunk to it and its aspect kept; then an edge below `size["shortest_edge"]` is raised to it; then both edges are
+    brought to multiples of `patch_size * merge_size`, within `min_pixels` and `max_pixels`. Frames that fill no
+    whole temporal patch at the end are dropped; a video of fewer frames than one temporal patch repeats its last one.
+    Files and URLs are decoded with PyAV.
+    """
+
+    resample = PILImageResampling.BICUBIC
+    size = {"shortest_edge": 256, "longest_edge": 640}
+    min_pixels = 56 * 56
+    max_pixels = 28 * 28 * 1280
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    patch_size = 14
+    temporal_patch_size = 2
+    merge_size = 2
+    do_sample_frames = True
+    num_frames = 128
+    fps = None
+    min_frames = None
+    max_frames = None
+    valid_kwargs = VambaVideoProcessorKwargs
+    model_input_names = ["pixel_values_videos", "video_grid_thw"]
+
+    # How much of a video is resized and turned to float at a time: the rest stays as it was decoded until its turn.
+    temporal_patches_per_step = 16
+
+    patchify = Qwen2VLVideoProcessor.patchify
+
+    def __init__(self, **kwargs: Unpack[VambaVideoProcessorKwargs]):
+        kwargs = self._choose_sampling(kwargs)
+        super().__init__(**kwargs)
+        if kwargs.get("fps") is not None:
+            self.num_frames = None
+
+    @staticmethod
+    def _choose_sampling(kwargs: dict) -> dict:
+        """Returns `kwargs` with `num_frames` set to `None` where `fps` is given, and the other way round."""
+        given = [name for name in ("num_frames", "fps") if kwargs.get(name) is not None]
+        for name in given + [name for name in ("min_frames", "max_frames") if kwargs.get(name) is not None]:
+            if not isinstance(kwargs[name], (int, float)) or kwargs[name] <= 0:
+                raise ValueError(f"`{name}` must be a positive number, got {kwargs[name]!r}.")
+        if len(given) == 2:
+            raise ValueError(
+                f"`num_frames` and `fps` are mutually exclusive, got num_frames={kwargs['num_frames']} and "
+                f"fps={kwargs['fps']}: pass one of them, and `None` for the other where it was set before."
+            )
+        return {**kwargs, **{"num_frames": None, "fps": None, given[0]: kwargs[given[0]]}} if given else kwargs
+
+    def preprocess(self, videos, **kwargs: Unpack[VambaVideoProcessorKwargs]) -> BatchFeature:
+        """
+        Samples, resizes and flattens videos.
+
+        Args:
+            videos:
+                See [`normalize_videos`].
+            **kwargs:
+                Replacements for the attributes of the processor, for this call.
+
+        Returns:
+            `BatchFeature`: `pixel_values_videos`, float32 of shape (patches of all videos, channels *
+            temporal_patch_size * patch_size * patch_size), and `video_grid_thw`, int64 of shape (videos, 3): temporal
+            patches, patches along the height and along the width of each. With `return_metadata=True` also
+            `video_metadata`, whose `frames_indices` are the sampled frames.
+
+        Raises:
+            `FileNotFoundError`: for a path without a file.
+            `ValueError`: for what cannot be read as a video, has no frames, or is sampled in a way that it does not
+                allow.
+        """
+        return super().preprocess(videos, **self._choose_sampling(kwargs))
+
+    def sample_frames(
+        self,
+        metadata,
+        num_frames: int | None = None,
+        fps: int | float | None = None,
+        min_frames: int | None = None,
+        max_frames: int | None = None,
+        temporal_patch_size: int | None = None,
+        **kwargs,
+    ) -> np.ndarray:
+        """
+        Chooses the middle frame of each of N equal intervals of a video.
+
+        Args:
+            metadata (`VideoMetadata`):
+                Its `total_num_frames`, and with `fps` also its `fps`, are read.
+            num_frames (`int`, *optional*):
+                N, at most the number of frames of the video.
+            fps (`int` or `float`, *optional*):
+                Instead of `num_frames`: N is the number of intervals of `1 / fps` seconds in the video, at least 1.
+            min_frames (`int`, *optional*), max_frames (`int`, *optional*):
+                Bounds of N.
+            temporal_patch_size (`int`, *optional*):
+                The sampled frames at the end that fill no whole temporal patch are left out.
+
+        Returns:
+            `np.ndarray`: int64 of shape (sampled frames,), ascending.
+        """
+        total = metadata.total_num_frames
+        if not total:
+            raise ValueError("the video has no frames")
+        if fps is not None:
+            if not metadata.fps:
+                raise ValueError(
+                    f"Sampling {fps} frames per second needs the frame rate of the video: pass `video_metadata` with "
+                    "its `fps`, or use `num_frames`."
+                )
+            # The small term keeps a whole number of intervals whole in spite of rounding.
+            num_frames = max(int(total / metadata.fps * fps + 1e-6), 1)
+        elif num_frames is None:
+            num_frames = total
+        if min_frames is not None:
+            num_frames = max(num_frames, min_frames)
+        if max_frames is not None:
+            num_frames = min(num_frames, max_frames)
+        num_frames = min(num_frames, total)
+
+        indices = (2 * np.arange(num_frames, dtype=np.int64) + 1) * total // (2 * num_frames)
+        return indices[: whole_patches(num_frames, temporal_patch_size or self.temporal_patch_size)]
+
+    def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
+        """
+        Decodes the sampled frames of a video file with PyAV.
+
+        Args:
+            video_url_or_urls (`str` or `list`):
+                A path, a `file://`, `http://` or `https://` URL, or a list of these.
+            sample_indices_fn (`Callable`, *optional*):
+                Gives the frames to decode from the metadata. All of them, by default.
+
+        Returns:
+            `tuple[np.ndarray, VideoMetadata]`: the frames, uint8 of shape (frames, height, width, 3), and what is
+            known of the video; for a list, a list of the videos and a list of their metadata.
+        """
+        if isinstance(video_url_or_urls, (list, tuple)):
+            return list(zip(*[self.fetch_videos(url, sample_indices_fn) for url in video_url_or_urls], strict=True))
+
+        requires_backends(self, ["av"])
+        import av
+
+        source = video_url_or_urls
+        url = urlparse(source)
+        is_remote = url.scheme in ("http", "https")
+        if url.scheme == "file":
+            source = url2pathname(url.path)
+        if not is_remote and not os.path.isfile(source):
+            raise FileNotFoundError(f"Expected the path or the file, http or https URL of a video, got {source!r}.")
+
+        def sample_indices(metadata, **kwargs):
+            if not is_remote:
+                metadata.total_num_frames = count_frames(source)
+                metadata.duration = metadata.total_num_frames / metadata.fps if metadata.fps else None
+            elif not metadata.total_num_frames:
+                raise ValueError("it does not state its number of frames; download it and pass its path")
+            if sample_indices_fn is None:
+                return np.arange(metadata.total_num_frames)
+            return sample_indices_fn(metadata=metadata)
+
+        try:
+            video, metadata = load_video(source, backend="pyav", sample_indices_fn=sample_indices)
+            if len(video) < len(metadata.frames_indices):
+                raise ValueError(
+                    f"only {len(video)} of {len(metadata.frames_indices)} sampled frames could be decoded"
+                )
+        except (av.FFmpegError, IndexError, TypeError, ValueError) as error:
+            # IndexError: there is no video stream. TypeError: the stream has no frame rate.
+            raise ValueError(f"Could not read {video_url_or_urls!r} as a video: {error}") from error
+        return video, metadata
+
+    def _decode_and_sample_videos(self, videos, video_metadata, do_sample_frames=None, sample_indices_fn=None):
+        videos = flatten_videos(normalize_videos(videos))
+        if not videos:
+            raise ValueError("Expected at least one video, got none.")
+        if video_metadata is None:
+            video_metadata = [None] * len(videos)
+        else:
+            video_metadata = make_batched_metadata(videos, video_metadata=video_metadata)
+        if len(video_metadata) != len(videos):
+            raise ValueError(f"Got {len(videos)} videos and {len(video_metadata)} entries of `video_metadata`.")
+
+        sampled_videos, sampled_metadata = [], []
+        for video, metadata in zip(videos, video_metadata, strict=True):
+            if isinstance(video, str):
+                video, metadata = self.fetch_videos(video, sample_indices_fn=sample_indices_fn)
+            else:
+                metadata = metadata or make_batched_metadata([video], video_metadata=None)[0]
+                if do_sample_frames:
+                    metadata.frames_indices = sample_indices_fn(metadata=metadata)
+                    video = video[metadata.frames_indices]
+            sampled_videos.append(video)
+            sampled_metadata.append(metadata)
+        return sampled_videos, sampled_metadata
+
+    def _prepare_input_videos(self, videos, input_data_format=None, **kwargs) -> list[torch.Tensor]:
+        # One by one: the base class takes the channel dimension of the first video for that of all.
+        return [
+            super(VambaVideoProcessor, self)._prepare_input_videos(
+                [video], input_data_format=input_data_format, **kwargs
+            )[0]
+            for video in videos
+        ]
+
+    def get_resized_sizes(self, height: int, width: int, **kwargs) -> list[tuple[int, int]]:
+        """
+        Sizes that a frame passes through.
+
+        Args:
+            height (`int`), width (`int`):
+                Edges of the frame in pixels.
+            **kwargs:
+                `size`, `min_pixels`, `max_pixels`, `patch_size` and `merge_size`, where they replace the attributes.
+
+        Returns:
+            `list[tuple[int, int]]`: height and width after the edges are brought into `size`, and then after they are
+            brought to multiples of `patch_size * merge_size`.
+        """
+        size, min_pixels, max_pixels, patch_size, merge_size = (
+            kwargs.get(name) or getattr(self, name)
+            for name in ("size", "min_pixels", "max_pixels", "patch_size", "merge_size")
+        )
+        size = dict(size)
+        if not size.get("shortest_edge") or not size.get("longest_edge"):
+            raise ValueError(f"`size` must have the keys `shortest_edge` and `longest_edge`, in pixels, got {size}.")
+        shortest_edge, longest_edge = size["shortest_edge"], size["longest_edge"]
+        aspect_ratio = width / height
+        if width >= height and width > longest_edge:
+            height, width = int(longest_edge / aspect_ratio), longest_edge
+        elif height > width and height > longest_edge:
+            height, width = longest_edge, int(longest_edge * aspect_ratio)
+        height, width = max(height, shortest_edge), max(width, shortest_edge)
+        return [
+            (height, width),
+            smart_resize(height, width, patch_size * merge_size, min_pixels=min_pixels, max_pixels=max_pixels),
+        ]
+
+    def get_num_of_video_patches(self, num_frames: int, height: int, width: int, videos_kwargs: dict | None = None):
+        """
+        Number of patches of a video.
+
+        Args:
+            num_frames (`int`), height (`int`), width (`int`):
+                Sampled frames of the video, and edges in pixels.
+            videos_kwargs (`dict`, *optional*):
+                Replacements for the attributes of the processor.
+
+        Returns:
+            `int`: rows of `pixel_values_videos`.
+        """
+        videos_kwargs = videos_kwargs or {}
+        patch_size = videos_kwargs.get("patch_size") or self.patch_size
+        temporal_patch_size = videos_kwargs.get("temporal_patch_size") or self.temporal_patch_size
+        height, width = self.get_resized_sizes(height, width, **videos_kwargs)[-1]
+        grid_t = max(num_frames // temporal_patch_size, 1)
+        return grid_t * (height // patch_size) * (width // patch_size)
+
+    def _preprocess(
+        self,
+        videos: list[torch.Tensor],
+        do_resize: bool,
+        size: SizeDict,
+        resample,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | list[float] | None,
+        image_std: float | list[float] | None,
+        min_pixels: int,
+        max_pixels: int,
+        patch_size: int,
+        temporal_patch_size: int,
+        merge_size: int,
+        do_convert_rgb: bool = False,  # newer versions of Transformers have converted the frames before
+        return_tensors=None,
+        **kwargs,
+    ) -> BatchFeature:
+        factor = patch_size * merge_size
+        pixel_values, grids = [], []
+        for video in videos:
+            num_frames, _, height, width = video.shape
+            if not num_frames or not height or not width:
+                raise ValueError(f"A video needs frames of at least one pixel, got {num_frames} of {height}x{width}.")
+            sizes = [(height, width)]
+            if do_resize:
+                sizes = self.get_resized_sizes(
+                    height,
+                    width,
+                    size=size,
+                    min_pixels=min_pixels,
+                    max_pixels=max_pixels,
+                    patch_size=patch_size,
+                    merge_size=merge_size,
+                )
+            elif height % factor or width % factor:
+                raise ValueError(
+                    f"Without `do_resize`, the edges of a frame must be multiples of {factor}, got {height}x{width}."
+                )
+            grid_t = 0
+            step = self.temporal_patches_per_step * temporal_patch_size
+            for frames in video[: whole_patches(num_frames, temporal_patch_size)].split(step):
+                if do_convert_rgb:
+                    frames = self.convert_to_rgb(frames)
+                for height, width in sizes:
+                    frames = self.resize(frames, SizeDict(height=height, width=width), resample=resample)
+                frames = self.rescale_and_normalize(
+                    frames, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+                )
+                patches, step_grid_t, grid_h, grid_w = self.patchify(
+                    frames[None],
+                    patch_size=patch_size,
+                    merge_size=merge_size,
+                    temporal_patch_size=temporal_patch_size,
+                )
+                pixel_values.append(patches[0])
+                grid_t += step_grid_t
+            grids.append([grid_t, grid_h, grid_w])
+        return BatchFeature(
+            data={"pixel_values_videos": torch.cat(pixel_values), "video_grid_thw": torch.tensor(grids)},
+            tensor_type=return_tensors,
+        )
+
+
+__all__ = ["VambaVideoProcessor"]

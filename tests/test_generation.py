@@ -1,0 +1,253 @@
+# Copyright 2026 The transformers-vamba team
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`generate` with a video in the cache: one copy of it, whoever reads it, in every mode."""
+
+import copy
+
+import pytest
+import torch
+from tiny_vamba import make_media, make_text, tiny_model
+from transformers import DynamicCache, StaticCache
+
+from transformers_vamba import VambaCache
+
+
+VIDEO = make_media("video", (5, 4, 6))
+NEW_TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def generate(model, text, **kwargs):
+    return model.generate(input_ids=text, max_new_tokens=NEW_TOKENS, **{"do_sample": False, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """Greedy tokens about the video, by whole forward passes without any cache."""
+    tokens = make_text()
+    for _ in range(NEW_TOKENS):
+        logits = model(input_ids=tokens, use_cache=False, **VIDEO).logits
+        tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+    return tokens
+
+
+MODES = {
+    "greedy": {},
+    "no cache": {"use_cache": False},
+    "one beam of one": {"num_return_sequences": 1},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "static": {"cache_implementation": "static"},
+    "chunked prefill": {"prefill_chunk_size": 5},
+    "top-k of one": {"do_sample": True, "top_k": 1},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("given", ("pixels", "encoded"))
+def test_modes_agree(model, expected, mode, given):
+    media = VIDEO if given == "pixels" else {"past_key_values": model.encode_video(**VIDEO)}
+    if given == "encoded" and "cache_implementation" in MODES[mode]:
+        cache = VambaCache(model.config, StaticCache(model.config, max_cache_len=32))
+        media, kwargs = {"past_key_values": model.encode_video(**VIDEO, past_key_values=cache)}, {}
+    else:
+        kwargs = MODES[mode]
+    assert torch.equal(generate(model, make_text(), **media, **kwargs), expected)
+
+
+def test_assisted_generation(model, expected):
+    assistant = tiny_model()
+    assert torch.equal(generate(model, make_text(), assistant_model=assistant, **VIDEO), expected)
+
+
+def test_offloaded_options_reach_the_text(model, expected):
+    """Any cache for text can be given; its layers are taken over."""
+    text_cache = DynamicCache(config=model.config.text_config)
+    assert torch.equal(generate(model, make_text(), past_key_values=text_cache, **VIDEO), expected)
+    assert text_cache.get_seq_length() == expected.shape[1] - 1
+
+
+@pytest.mark.parametrize("copies", ({"num_beams": 4}, {"num_beams": 4, "num_return_sequences": 3}))
+def test_beams_agree_with_separate_copies(model, copies):
+    """Beam search gives what it gives where every row of the batch brings its own copy of the video."""
+    text = make_text()
+    shared = generate(model, text, output_scores=True, return_dict_in_generate=True, **copies, **VIDEO)
+    twice = {name: torch.cat([value, value]) for name, value in VIDEO.items()}
+    separate = generate(model, text.repeat(2, 1), output_scores=True, return_dict_in_generate=True, **copies, **twice)
+    count = len(shared.sequences)
+    assert torch.equal(separate.sequences[:count], shared.sequences)
+    assert torch.equal(separate.sequences[count:], shared.sequences)
+    torch.testing.assert_close(separate.sequences_scores[:count], shared.sequences_scores)
+
+
+def test_samples_differ_and_share(model):
+    torch.manual_seed(0)
+    output = generate(
+        model, make_text(), do_sample=True, num_return_sequences=6, return_dict_in_generate=True, **VIDEO
+    )
+    assert len({tuple(tokens.tolist()) for tokens in output.sequences}) > 1
+    assert output.past_key_values.rows == [0] * 6 and len(output.past_key_values.videos) == 1
+
+
+@pytest.mark.parametrize("num_beams", (1, 8))
+def test_video_takes_the_same_memory_for_any_number_of_beams(model, num_beams):
+    output = generate(model, make_text(), num_beams=num_beams, return_dict_in_generate=True, **VIDEO)
+    cache = output.past_key_values
+    storages = {layer.keys.untyped_storage().data_ptr(): layer.keys.untyped_storage() for layer in cache.videos[0]}
+    tokens = cache.video_lengths[0]
+    assert len(cache.videos) == 1 and tokens == 30
+    assert sum(storage.nbytes() for storage in storages.values()) == 3 * 2 * 2 * tokens * 16 * 4
+    assert cache.layers[0].keys.shape[0] == num_beams
+
+
+def test_many_questions_about_one_video(model):
+    cache = model.encode_video(**VIDEO)
+    questions = make_text(3, seed=7)
+    answers = generate(model, questions, past_key_values=cache.fork())
+    for question, answer in zip(questions, answers):
+        assert torch.equal(generate(model, question[None], past_key_values=cache.fork())[0], answer)
+        assert torch.equal(generate(model, question[None], **VIDEO)[0], answer)
+    assert cache.get_seq_length() == 0 and cache.rows is None
+
+
+def test_rows_read_their_own_video(model):
+    videos = [make_media("video", (t, 4, 4), seed=t) for t in (2, 3)]
+    batch = {name: torch.cat([video[name] for video in videos]) for name in videos[0]}
+    cache = model.encode_video(**batch, video_sample_ids=torch.tensor([0, 1]))
+    assert cache.video_lengths == [8, 12]
+    text = make_text(2)
+    answers = generate(model, text, past_key_values=cache.fork())
+    for row, video in enumerate(videos):
+        assert torch.equal(generate(model, text[row : row + 1], **video)[0], answers[row])
+
+    # Rows may also be told apart by hand: both read the second video.
+    fork = cache.fork()
+    fork.rows = [1, 1]
+    answers = generate(model, text, past_key_values=fork)
+    assert torch.equal(generate(model, text[:1], **videos[1])[0], answers[0])
+
+    with pytest.raises(ValueError, match="holds 2 videos and is read by 3 rows"):
+        generate(model, make_text(3), past_key_values=cache.fork())
+
+
+def test_fork_and_stream(model):
+    """What is appended to a cache is not seen by a fork, and what a fork appends is not seen by the cache."""
+    first, second = (make_media("video", (3, 4, 4), seed=seed) for seed in (1, 2))
+    both = {name: torch.cat([first[name], second[name]]) for name in first}
+    text = make_text()
+    answers = [generate(model, text, **video) for video in (first, both)]
+    assert not torch.equal(*answers)
+
+    cache = model.encode_video(**first)
+    early = cache.fork()
+    storage = cache.videos[0][0].keys.untyped_storage().data_ptr()
+    assert early.videos[0][0].keys.untyped_storage().data_ptr() == storage  # not a byte is copied
+    cache = model.encode_video(**second, past_key_values=cache)
+    late = cache.fork()
+    assert torch.equal(generate(model, text, past_key_values=early.fork()), answers[0])
+    early = model.encode_video(**second, past_key_values=early)
+    assert torch.equal(generate(model, text, past_key_values=early), answers[1])
+    assert torch.equal(generate(model, text, past_key_values=late), answers[1])
+    assert torch.equal(generate(model, text, past_key_values=cache), answers[1])
+
+
+def test_fork_in_the_middle_of_a_conversation(model):
+    """A fork goes on from the text read so far, without changing it."""
+    cache = model.encode_video(**VIDEO)
+    turn = generate(model, make_text(), past_key_values=cache)
+    follow_ups = [torch.cat([turn, make_text(seed=seed)], dim=1) for seed in (3, 4)]
+    length = cache.get_seq_length()
+    for follow_up in follow_ups:
+        answer = generate(model, follow_up, past_key_values=cache.fork())
+        assert torch.equal(answer, generate(model, follow_up, **VIDEO))
+    assert cache.get_seq_length() == length
+
+
+def test_continue_from_a_given_cache(model):
+    text = make_text()
+    whole = model.generate(input_ids=text, max_new_tokens=NEW_TOKENS, do_sample=False, **VIDEO)
+    first = model.generate(input_ids=text, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, **VIDEO)
+    rest = model.generate(
+        input_ids=first.sequences,
+        past_key_values=first.past_key_values,
+        max_new_tokens=NEW_TOKENS - 3,
+        do_sample=False,
+    )
+    assert torch.equal(rest, whole)
+
+
+def test_media_join_the_row_of_a_cache(model):
+    """Pixels given together with a cache go behind what the row has seen; a video that rows share stays as it is."""
+    first, second = (make_media("video", (2, 4, 4), seed=seed) for seed in (1, 2))
+    both = {name: torch.cat([first[name], second[name]]) for name in first}
+    cache = model.encode_video(**first)
+    answer = generate(model, make_text(), past_key_values=cache.fork(), **second)
+    assert torch.equal(answer, generate(model, make_text(), **both))
+    with pytest.raises(ValueError, match="shares its video"):
+        generate(model, make_text(2), past_key_values=cache.fork(), video_sample_ids=torch.tensor([1]), **second)
+
+
+def test_cache_operations(model):
+    cache = VambaCache(model.config)
+    with torch.no_grad():
+        model(input_ids=make_text(2), past_key_values=cache, **make_media("video", (1, 4, 4), (2, 4, 4)))
+    assert cache.get_seq_length() == 12 and cache.rows == [0, 1] and cache.video_lengths == [4, 8]
+
+    cache.crop(-5)
+    assert cache.get_seq_length() == 7 and cache.video_lengths == [4, 8]
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert cache.rows == [1, 0]
+    cache.batch_repeat_interleave(2)
+    assert cache.rows == [1, 1, 0, 0] and cache.layers[0].keys.shape[0] == 4
+    cache.batch_select_indices(torch.tensor([0, 2]))
+    assert cache.rows == [1, 0] and cache.layers[0].keys.shape[0] == 2
+    copied = copy.deepcopy(cache)
+    with torch.no_grad():
+        same = [model(input_ids=make_text(2), past_key_values=each).logits for each in (cache, copied)]
+    assert torch.equal(*same)
+    with pytest.raises(ValueError, match="filled by 2 rows and is now read by 3"):
+        model(input_ids=make_text(3), past_key_values=cache)
+    cache.reset()
+    assert cache.videos == [] and cache.rows is None
+
+
+def test_storage_is_sized_ahead(model):
+    """A video of known length is written into storage of exactly its size; a stream grows it by more than it needs."""
+    cache = model.encode_video(**VIDEO, segment_frames=2)
+    layer = cache.videos[0][0]
+    assert layer._storage.shape[-2] == layer.get_seq_length() == 30
+    pointers = set()
+    for _ in range(20):
+        model.encode_video(**make_media("video", (1, 4, 4)), past_key_values=cache)
+        pointers.add(layer._storage.data_ptr())
+    assert layer.get_seq_length() == 110 and len(pointers) < 10
+
+
+@pytest.mark.parametrize("segment_frames", (0, -2))
+def test_bad_segment(model, segment_frames):
+    with pytest.raises(ValueError, match=f"at least 1, got {segment_frames}"):
+        model.encode_video(**VIDEO, segment_frames=segment_frames)
+
+
+@pytest.mark.gpu
+def test_cache_moves_between_devices(model):
+    moved = model.to("cuda")
+    expected = generate(moved, make_text().cuda(), **VIDEO)
+    cache = moved.encode_video(**VIDEO).to("cpu")
+    assert {layer.keys.device.type for layer in cache.videos[0]} == {"cpu"}
+    assert torch.equal(generate(moved, make_text().cuda(), past_key_values=cache.to("cuda")), expected)
+    model.to("cpu")
