@@ -1,0 +1,90 @@
+# Copyright 2026 The transformers-vamba team
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The model on a CUDA device in bfloat16, with and without kernels, against float32 on the CPU."""
+
+import pytest
+import torch
+from tiny_vamba import make_media, make_text, tiny_model
+from transformers.utils import is_flash_attn_2_available
+
+from transformers_vamba.mixer_vamba import VambaMixer
+
+
+pytestmark = pytest.mark.gpu
+
+BATCH = {
+    "input_ids": make_text(3),
+    "attention_mask": torch.tensor([[1] * 12, [0] * 4 + [1] * 8, [1] * 12]),
+    "video_sample_ids": torch.tensor([0, 2, 2]),
+    **make_media("video", (9, 6, 8), (2, 4, 4), (3, 4, 6)),
+}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with torch.no_grad():
+        return tiny_model()(**BATCH).logits
+
+
+@pytest.fixture(params=("kernels", "PyTorch"))
+def scan(request, monkeypatch):
+    if request.param == "PyTorch":
+        monkeypatch.setattr(VambaMixer, "use_kernels", lambda self, device: False)
+    elif not tiny_model().model.language_model.layers[0].vision_mixer.mixer.use_kernels(torch.device("cuda")):
+        pytest.skip("mamba-ssm and causal-conv1d are not both installed")
+
+
+def relative_error(logits, expected):
+    read = BATCH["attention_mask"].bool()
+    return ((logits.cpu().float() - expected)[read].norm() / expected[read].norm()).item()
+
+
+@pytest.mark.parametrize("with_cache", (True, False), ids=("cache", "no cache"))
+@pytest.mark.parametrize("attn_implementation", ("eager", "sdpa", "flash_attention_2"))
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-3), (torch.bfloat16, 2e-2)])
+def test_agrees_with_the_cpu(scan, expected, attn_implementation, dtype, tolerance, with_cache):
+    if attn_implementation == "flash_attention_2":
+        if not is_flash_attn_2_available():
+            pytest.skip("flash-attn is not installed")
+        if dtype == torch.float32:
+            pytest.skip("flash-attn has no float32")
+    model = tiny_model(attn_implementation).to("cuda", dtype)
+    batch = {name: value.cuda() for name, value in BATCH.items()}
+    with torch.set_grad_enabled(not with_cache):
+        logits = model(**batch, use_cache=with_cache).logits.detach()
+    error = relative_error(logits, expected)
+    print(f"relative error {error:.1e}")
+    assert error < tolerance
+
+
+def test_gradients_agree_with_the_cpu(scan):
+    inputs = {**BATCH, "labels": BATCH["input_ids"], "use_cache": False}
+    expected, model = tiny_model(), tiny_model().cuda()
+    expected(**inputs).loss.backward()
+    model(**{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}).loss.backward()
+    for (name, parameter), reference in zip(model.named_parameters(), expected.parameters()):
+        if reference.grad is None:
+            assert parameter.grad is None
+        else:
+            error = (parameter.grad.cpu() - reference.grad).norm() / reference.grad.norm().clamp(min=1e-6)
+            assert error < 2e-2, (name, error)
+
+
+@pytest.mark.parametrize("kwargs", ({}, {"num_beams": 4}, {"cache_implementation": "static"}))
+def test_generation_agrees_with_the_cpu(scan, kwargs):
+    model = tiny_model()
+    kwargs = {"max_new_tokens": 8, "do_sample": False, **kwargs}
+    expected = model.generate(**BATCH, **kwargs)
+    generated = model.cuda().generate(**{name: value.cuda() for name, value in BATCH.items()}, **kwargs)
+    assert (generated.cpu() == expected).float().mean() > 0.95  # a tie may fall the other way
