@@ -78,6 +78,29 @@ def test_batch_gives_each_row_what_it_gives_alone(model, attn_implementation, pa
     model.set_attn_implementation("sdpa")
 
 
+@pytest.mark.parametrize("use_cache", (True, False))
+def test_videos_of_one_length(model, use_cache):
+    """As many videos as rows, all of one length, which the cross-attention takes as a batch where no cache is kept."""
+    videos = [make_media("video", (3, 4, 6), seed=seed) for seed in range(3)]
+    text = make_text(3)
+    batch = {name: torch.cat([video[name] for video in videos]) for name in videos[0]}
+    with torch.set_grad_enabled(not use_cache):
+        logits = model(input_ids=text, use_cache=use_cache, **batch).logits
+        for row, video in enumerate(videos):
+            alone = model(input_ids=text[row : row + 1], use_cache=use_cache, **video).logits[0]
+            torch.testing.assert_close(logits[row], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("grids", ([(3, 4, 6)], [(2, 4, 6), (1, 4, 6)], [(2, 4, 6), (1, 4, 4)]))
+def test_frames_of_one_size_are_a_batch_of_the_vision_tower(model, grids):
+    video = make_media("video", *grids)
+    with torch.no_grad():
+        expected = torch.cat(model.get_video_features(**video).pooler_output)
+        pixels = video["pixel_values_videos"].split([t * h * w for t, h, w in grids])
+        embeds = model.model.embed_media(list(zip(pixels, grids)))[0]
+    torch.testing.assert_close(embeds, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_batch_generates_what_each_row_does_alone(model):
     batch = make_batch("left")
     generated = model.generate(**batch, max_new_tokens=8, do_sample=False)[:, batch["input_ids"].shape[1] :]

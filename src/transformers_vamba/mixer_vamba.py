@@ -22,10 +22,31 @@ from transformers.integrations import use_kernelized_func
 from transformers.models.mamba2.modeling_mamba2 import causal_conv1d_fn, mamba2_chunk_scan
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
-from transformers.utils import is_causal_conv1d_available, is_mamba_2_ssm_available
+from transformers.utils import is_causal_conv1d_available, is_mamba_2_ssm_available, logging
 
 from .cache_vamba import MambaState
 from .configuration_vamba import VambaTextConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+def _import_kernels() -> bool:
+    """Whether the CUDA kernels are installed and whole: where they are not, Transformers quietly takes PyTorch's."""
+    if not (is_mamba_2_ssm_available() and is_causal_conv1d_available()):
+        return False
+    try:
+        import causal_conv1d  # noqa: F401
+        import mamba_ssm  # noqa: F401
+    except Exception as error:
+        logger.warning(
+            f"The Mamba-2 kernels are installed but cannot be imported ({error}); PyTorch takes their place."
+        )
+        return False
+    return True
+
+
+HAS_KERNELS = _import_kernels()
 
 
 @use_kernelized_func([causal_conv1d_fn, mamba2_chunk_scan])
@@ -69,7 +90,7 @@ class VambaMixer(nn.Module):
 
     def use_kernels(self, device: torch.device) -> bool:
         """Whether tokens on `device` go through the CUDA kernels."""
-        return device.type == "cuda" and is_mamba_2_ssm_available() and is_causal_conv1d_available()
+        return device.type == "cuda" and HAS_KERNELS
 
     def max_tokens(self, device: torch.device) -> int:
         """

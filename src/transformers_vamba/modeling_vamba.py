@@ -41,7 +41,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
-    Qwen2VisionTransformerPretrainedModel,
     Qwen2VLAttention,
     Qwen2VLDecoderLayer,
     Qwen2VLModel,
@@ -58,9 +57,15 @@ from .cache_vamba import VambaCache, VambaVideoLayer
 from .configuration_vamba import VambaConfig, VambaTextConfig
 from .media_vamba import MEDIA_INPUTS, Medium, group_media_by_row, split_into_segments
 from .mixer_vamba import VambaMixer, VambaVisionMixer
+from .vision_vamba import VambaVisionModel
 
 
 logger = logging.get_logger(__name__)
+
+
+# Consecutive rows of a batch, how many they are, and the keys and values of the videos that they read, of shape
+# `(num_videos, num_key_value_heads, num_tokens, head_dim)`: as many rows each. `None` where the rows read nothing.
+VideoRead = tuple[int, torch.Tensor | None, torch.Tensor | None]
 
 
 class VambaCrossAttention(Qwen2VLAttention):
@@ -80,37 +85,24 @@ class VambaCrossAttention(Qwen2VLAttention):
         values = self.v_proj(video_states).view(shape).transpose(1, 2)
         return keys, values
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        videos: list[tuple[torch.Tensor, torch.Tensor]],
-        rows: list[int | None],
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, reads: list[VideoRead]) -> torch.Tensor:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The normed text.
-            videos (`list[tuple[torch.Tensor, torch.Tensor]]`): Keys and values of each video.
-            rows (`list[int | None]`): The video that each row reads; zeros come back for a row without one.
+            reads (`list[VideoRead]`): What the rows read, in order; zeros come back for rows that read nothing.
         """
-        sequence_length = hidden_states.shape[1]
         query_states = self.q_proj(hidden_states)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-
         outputs = []
-        start = 0
-        for video, run in itertools.groupby(rows):
-            num_rows = len(list(run))
-            query = query_states[start : start + num_rows]
-            start += num_rows
-            if video is None:
+        for query, (_, keys, values) in zip(query_states.split([num_rows for num_rows, *_ in reads]), reads):
+            if keys is None:
                 outputs.append(torch.zeros_like(query))
                 continue
-            keys, values = videos[video]
             attn_output, _ = attention_interface(
                 self,
-                query.reshape(1, num_rows * sequence_length, -1, self.head_dim).transpose(1, 2),
+                query.reshape(keys.shape[0], -1, self.num_heads, self.head_dim).transpose(1, 2),
                 keys,
                 values,
                 None,
@@ -198,11 +190,12 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         )
         if rows is not None:
             if video_states is not None:
-                keys, values = self.cross_attn.project_video(video_states)
-                videos = list(zip(keys.split(video_lengths, dim=2), values.split(video_lengths, dim=2)))
+                reads = self._read_stream(video_states, video_lengths, rows)
             else:
-                videos = [(video[self.layer_idx].keys, video[self.layer_idx].values) for video in cached_videos]
-            cross_output = self.cross_attn(hidden_states, videos, rows)
+                reads = _read_videos(
+                    [(video[self.layer_idx].keys, video[self.layer_idx].values) for video in cached_videos], rows
+                )
+            cross_output = self.cross_attn(hidden_states, reads)
             # Straight-through: the clamped value forwards, the gradient as if there were no clamp.
             alpha = self.alpha + (self.alpha.clamp(0, 1) - self.alpha).detach()
             if has_video is not None:
@@ -216,6 +209,24 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         if video_states is not None and self.updates_video:
             video_states, _ = self.vision_mixer(video_states, video_lengths)
         return hidden_states, video_states
+
+    def _read_stream(
+        self, video_states: torch.Tensor, video_lengths: list[int], rows: list[int | None]
+    ) -> list[VideoRead]:
+        """What the rows read of videos that come with them, `(1, num_tokens, hidden_size)`."""
+        keys, values = self.cross_attn.project_video(video_states)
+        if rows == list(range(len(video_lengths))) and len(set(video_lengths)) == 1:
+            # As many videos as rows, all of one length: a batch, by a change of view.
+            keys, values = (x[0].unflatten(1, (len(rows), -1)).transpose(0, 1) for x in (keys, values))
+            return [(len(rows), keys, values)]
+        return _read_videos(list(zip(keys.split(video_lengths, dim=2), values.split(video_lengths, dim=2))), rows)
+
+
+def _read_videos(videos: list[tuple[torch.Tensor, torch.Tensor]], rows: list[int | None]) -> list[VideoRead]:
+    """What the rows read of videos held one by one: a read for consecutive rows of one video."""
+    return [
+        (len(list(run)), *((None, None) if video is None else videos[video])) for video, run in itertools.groupby(rows)
+    ]
 
 
 class VambaPreTrainedModel(Qwen2VLPreTrainedModel):
@@ -407,7 +418,7 @@ class VambaModel(VambaPreTrainedModel):
 
     def __init__(self, config: VambaConfig):
         super().__init__(config)
-        self.visual = Qwen2VisionTransformerPretrainedModel._from_config(config.vision_config)
+        self.visual = VambaVisionModel._from_config(config.vision_config)
         self.language_model = VambaTextModel._from_config(config.text_config)
         self.post_init()
 
@@ -417,8 +428,16 @@ class VambaModel(VambaPreTrainedModel):
     def embed_media(self, media: list[Medium]) -> torch.Tensor:
         """The vision tower's output, `(1, num_tokens, hidden_size)`, for images and videos in order."""
         pixel_values = torch.cat([pixels for pixels, _ in media]).to(self.visual.device, self.visual.dtype)
-        grid_thw = torch.tensor([grid for _, grid in media], device=self.visual.device)
-        embeds = self.visual(pixel_values, grid_thw=grid_thw).pooler_output
+        # The tower sees single frames: media of one size that follow one another might as well be one.
+        grids = [
+            (sum(t for t, _, _ in run), *size)
+            for size, run in itertools.groupby((grid for _, grid in media), key=lambda grid: grid[1:])
+        ]
+        embeds = self.visual(
+            pixel_values,
+            grid_thw=torch.tensor(grids, device=self.visual.device),
+            frame_length=math.prod(grids[0][1:]) if len(grids) == 1 else None,
+        ).pooler_output
         return embeds.to(self.language_model.device, self.language_model.dtype)[None]
 
     def encode_media(self, media: list[list[Medium]], cache: VambaCache, segment_frames: int = 64) -> None:

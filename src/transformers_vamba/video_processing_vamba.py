@@ -250,7 +250,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
         **kwargs,
     ) -> np.ndarray:
         """
-        Chooses the middle frame of each of N equal intervals of a video.
+        Chooses the middle frame of each of N equal intervals of a video, as the published code does.
 
         Args:
             metadata (`VideoMetadata`):
@@ -258,9 +258,10 @@ class VambaVideoProcessor(BaseVideoProcessor):
             num_frames (`int`, *optional*):
                 N, at most the number of frames of the video.
             fps (`int` or `float`, *optional*):
-                Instead of `num_frames`: N is the number of intervals of `1 / fps` seconds in the video, at least 1.
+                Instead of `num_frames`: the intervals are `1 / fps` seconds long, the last one cut off where its
+                middle lies behind the end. No frame is taken twice, and of the shortest video at least one.
             min_frames (`int`, *optional*), max_frames (`int`, *optional*):
-                Bounds of N.
+                Bounds of N. Where `fps` would pass one, the bound is the N of equal intervals.
             temporal_patch_size (`int`, *optional*):
                 The sampled frames at the end that fill no whole temporal patch are left out.
 
@@ -270,24 +271,24 @@ class VambaVideoProcessor(BaseVideoProcessor):
         total = metadata.total_num_frames
         if not total:
             raise ValueError("the video has no frames")
+        indices = None
         if fps is not None:
             if not metadata.fps:
                 raise ValueError(
                     f"Sampling {fps} frames per second needs the frame rate of the video: pass `video_metadata` with "
                     "its `fps`, or use `num_frames`."
                 )
-            # The small term keeps a whole number of intervals whole in spite of rounding.
-            num_frames = max(int(total / metadata.fps * fps + 1e-6), 1)
+            step = metadata.fps / fps
+            indices = np.unique(np.round((np.arange(int(np.ceil(total / step))) + 0.5) * step).astype(np.int64))
+            indices = indices[indices < total]
+            num_frames = max(len(indices), 1)
         elif num_frames is None:
             num_frames = total
-        if min_frames is not None:
-            num_frames = max(num_frames, min_frames)
-        if max_frames is not None:
-            num_frames = min(num_frames, max_frames)
-        num_frames = min(num_frames, total)
-
-        indices = (2 * np.arange(num_frames, dtype=np.int64) + 1) * total // (2 * num_frames)
-        return indices[: whole_patches(num_frames, temporal_patch_size or self.temporal_patch_size)]
+        bounded = min(max(num_frames, min_frames or 1), max_frames or total, total)
+        if indices is None or bounded != len(indices):
+            bounds = np.linspace(0, total, bounded + 1).astype(np.int64)
+            indices = (bounds[:-1] + bounds[1:] - 1) // 2
+        return indices[: whole_patches(len(indices), temporal_patch_size or self.temporal_patch_size)]
 
     def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
         """
@@ -429,65 +430,79 @@ class VambaVideoProcessor(BaseVideoProcessor):
         videos: list[torch.Tensor],
         do_resize: bool,
         size: SizeDict,
+        min_pixels: int,
+        max_pixels: int,
+        patch_size: int,
+        temporal_patch_size: int,
+        merge_size: int,
+        return_tensors=None,
+        **kwargs,
+    ) -> BatchFeature:
+        sizes, grids = [], []
+        for video in videos:
+            num_frames, _, height, width = video.shape
+            if not num_frames or not height or not width:
+                raise ValueError(f"A video needs frames of at least one pixel, got {num_frames} of {height}x{width}.")
+            factor = patch_size * merge_size
+            if do_resize:
+                sizes.append(
+                    self.get_resized_sizes(
+                        height,
+                        width,
+                        size=size,
+                        min_pixels=min_pixels,
+                        max_pixels=max_pixels,
+                        patch_size=patch_size,
+                        merge_size=merge_size,
+                    )
+                )
+            elif height % factor or width % factor:
+                raise ValueError(
+                    f"Without `do_resize`, the edges of a frame must be multiples of {factor}, got {height}x{width}."
+                )
+            else:
+                sizes.append([(height, width)])
+            height, width = sizes[-1][-1]
+            grids.append([max(num_frames // temporal_patch_size, 1), height // patch_size, width // patch_size])
+        video_grid_thw = torch.tensor(grids)
+
+        pixel_values, row = None, 0
+        for video, video_sizes in zip(videos, sizes, strict=True):
+            video = video[: whole_patches(len(video), temporal_patch_size)]
+            for frames in video.split(self.temporal_patches_per_step * temporal_patch_size):
+                patches, *_ = self.patchify(
+                    self._resize_and_normalize(frames, video_sizes, **kwargs)[None],
+                    patch_size=patch_size,
+                    merge_size=merge_size,
+                    temporal_patch_size=temporal_patch_size,
+                )
+                if pixel_values is None:
+                    pixel_values = patches.new_empty(int(video_grid_thw.prod(dim=1).sum()), patches.shape[-1])
+                pixel_values[row : row + patches.shape[1]] = patches[0]
+                row += patches.shape[1]
+        return BatchFeature(
+            data={"pixel_values_videos": pixel_values, "video_grid_thw": video_grid_thw}, tensor_type=return_tensors
+        )
+
+    def _resize_and_normalize(
+        self,
+        frames: torch.Tensor,
+        sizes: list[tuple[int, int]],
         resample,
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
         image_mean: float | list[float] | None,
         image_std: float | list[float] | None,
-        min_pixels: int,
-        max_pixels: int,
-        patch_size: int,
-        temporal_patch_size: int,
-        merge_size: int,
         do_convert_rgb: bool = False,  # newer versions of Transformers have converted the frames before
-        return_tensors=None,
         **kwargs,
-    ) -> BatchFeature:
-        factor = patch_size * merge_size
-        pixel_values, grids = [], []
-        for video in videos:
-            num_frames, _, height, width = video.shape
-            if not num_frames or not height or not width:
-                raise ValueError(f"A video needs frames of at least one pixel, got {num_frames} of {height}x{width}.")
-            sizes = [(height, width)]
-            if do_resize:
-                sizes = self.get_resized_sizes(
-                    height,
-                    width,
-                    size=size,
-                    min_pixels=min_pixels,
-                    max_pixels=max_pixels,
-                    patch_size=patch_size,
-                    merge_size=merge_size,
-                )
-            elif height % factor or width % factor:
-                raise ValueError(
-                    f"Without `do_resize`, the edges of a frame must be multiples of {factor}, got {height}x{width}."
-                )
-            grid_t = 0
-            step = self.temporal_patches_per_step * temporal_patch_size
-            for frames in video[: whole_patches(num_frames, temporal_patch_size)].split(step):
-                if do_convert_rgb:
-                    frames = self.convert_to_rgb(frames)
-                for height, width in sizes:
-                    frames = self.resize(frames, SizeDict(height=height, width=width), resample=resample)
-                frames = self.rescale_and_normalize(
-                    frames, do_rescale, rescale_factor, do_normalize, image_mean, image_std
-                )
-                patches, step_grid_t, grid_h, grid_w = self.patchify(
-                    frames[None],
-                    patch_size=patch_size,
-                    merge_size=merge_size,
-                    temporal_patch_size=temporal_patch_size,
-                )
-                pixel_values.append(patches[0])
-                grid_t += step_grid_t
-            grids.append([grid_t, grid_h, grid_w])
-        return BatchFeature(
-            data={"pixel_values_videos": torch.cat(pixel_values), "video_grid_thw": torch.tensor(grids)},
-            tensor_type=return_tensors,
-        )
+    ) -> torch.Tensor:
+        """Brings frames of shape (frames, channels, height, width) to each of `sizes` in turn and normalizes them."""
+        if do_convert_rgb:
+            frames = self.convert_to_rgb(frames)
+        for height, width in sizes:
+            frames = self.resize(frames, SizeDict(height=height, width=width), resample=resample)
+        return self.rescale_and_normalize(frames, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
 
 
 __all__ = ["VambaVideoProcessor"]

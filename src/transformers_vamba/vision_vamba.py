@@ -1,0 +1,73 @@
+# Copyright 2026 The transformers-vamba team
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Qwen2-VL's vision tower, with the frames of one size as a batch of the attention instead of one call each."""
+
+from collections.abc import Callable
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    Qwen2VisionTransformerPretrainedModel,
+    VisionAttention,
+    apply_rotary_pos_emb_vision,
+    eager_attention_forward,
+)
+
+
+class VambaVisionAttention(VisionAttention):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        max_seqlen: int | None = None,
+        frame_length: int | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        Attention of the patches of each frame among themselves.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(num_patches, embed_dim)`): The frames, one behind the other.
+            cu_seqlens (`torch.IntTensor` of shape `(num_frames + 1,)`): Where each frame begins and ends.
+            position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines, `(num_patches, head_dim)`.
+            max_seqlen (`int`, *optional*): Patches of the largest frame.
+            frame_length (`int`, *optional*): Patches of every frame, where all have the same number.
+        """
+        if frame_length is None:
+            return super().forward(hidden_states, cu_seqlens, position_embeddings, max_seqlen=max_seqlen, **kwargs)
+        query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(1)
+        query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+        query, key, value = (states.unflatten(0, (-1, frame_length)).transpose(1, 2) for states in (query, key, value))
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, _ = attention_interface(
+            self, query, key, value, attention_mask=None, scaling=self.scaling, is_causal=False, **kwargs
+        )
+        return self.proj(attn_output.reshape(hidden_states.shape))
+
+
+class VambaVisionModel(Qwen2VisionTransformerPretrainedModel):
+    """[`Qwen2VisionTransformerPretrainedModel`], which takes `frame_length` as well (see [`VambaVisionAttention`])."""
+
+    def __init__(self, config: Qwen2VLVisionConfig):
+        super().__init__(config)
+        for block in self.blocks:
+            block.attn = VambaVisionAttention(config)
+        self.post_init()
+
+
+__all__ = ["VambaVisionModel"]

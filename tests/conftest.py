@@ -1,0 +1,154 @@
+# Copyright 2026 The transformers-vamba team
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from collections import Counter
+
+import av
+import numpy as np
+import pytest
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor
+
+from transformers_vamba import VambaProcessor, VambaVideoProcessor
+
+
+# Qwen2-VL's chat template, as its checkpoints ship it.
+CHAT_TEMPLATE = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}"
+    "{% set video_count.value = video_count.value + 1 %}"
+    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+
+TOKENIZER_TEXT = [
+    "You are a helpful assistant.",
+    "system user assistant",
+    "What happens in the video? Describe the image. Which colour moved first?",
+]
+
+
+def level_of_frame(index: int) -> int:
+    """Grey level of frame `index` of the test videos: it tells the frame apart in spite of lossy coding."""
+    return 16 + 4 * (index % 50)
+
+
+@pytest.fixture(scope="session")
+def write_video(tmp_path_factory):
+    """
+    Writes an H.264 file and returns its path.
+
+    Frame i is grey, of level `level_of_frame(i)`; `options` are those of the container, and `pts_shift` is how many
+    seconds of the beginning come before time zero.
+    """
+    folder = tmp_path_factory.mktemp("videos")
+
+    def write(name="video.mp4", num_frames=24, height=64, width=96, fps=8, options=None, pts_shift=0):
+        path = folder / name
+        with av.open(str(path), "w", options=options or {}) as container:
+            stream = container.add_stream("libx264", rate=fps, options={"crf": "10", "g": "8"})
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+            stream.codec_context.max_b_frames = 0
+            frames = [np.full((height, width, 3), level_of_frame(index), np.uint8) for index in range(num_frames)]
+            images = [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames]
+            for image in [*images, None]:
+                for packet in stream.encode(image):
+                    shift = int(pts_shift / packet.time_base)
+                    packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                    container.mux(packet)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def video_file(write_video):
+    """An H.264 file: 24 frames of 64x96 at 8 frames per second."""
+    return write_video()
+
+
+@pytest.fixture(scope="session")
+def byte_level_bpe():
+    """A small vocabulary and its merges."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(TOKENIZER_TEXT, vocab_size=300, min_frequency=1, show_progress=False)
+    return bpe
+
+
+@pytest.fixture
+def tokenizer(tmp_path, byte_level_bpe):
+    """A small tokenizer of Qwen2-VL's kind, with its special tokens after the vocabulary."""
+    vocab_file, merges_file = byte_level_bpe.save_model(str(tmp_path))
+    tokenizer = Qwen2Tokenizer(vocab=vocab_file, merges=merges_file, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS})
+    return tokenizer
+
+
+@pytest.fixture
+def video_processor():
+    """Small frames and few of them: 56x84 pixels from the test videos."""
+    return VambaVideoProcessor(size={"shortest_edge": 28, "longest_edge": 84}, num_frames=8)
+
+
+@pytest.fixture
+def image_processor():
+    return Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 4)
+
+
+@pytest.fixture
+def processor(image_processor, tokenizer, video_processor):
+    return VambaProcessor(image_processor, tokenizer, video_processor, chat_template=CHAT_TEMPLATE)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Counts the outcomes of each of Transformers' mixins."""
+    counts = Counter(
+        (report.nodeid.split("::")[1], outcome)
+        for outcome in ("passed", "skipped", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        if report.nodeid.startswith("tests/conformance/") and report.nodeid.count("::") > 1
+    )
+    for mixin in sorted({mixin for mixin, _ in counts}):
+        outcomes = ", ".join(f"{counts[mixin, outcome]} {outcome}" for outcome in ("passed", "skipped", "failed"))
+        terminalreporter.write_line(f"conformance {mixin}: {outcomes}")
