@@ -18,7 +18,7 @@ import copy
 import pytest
 import torch
 from tiny_vamba import make_media, make_text, tiny_model
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from transformers_vamba import VambaCache
 
@@ -67,6 +67,17 @@ def test_modes_agree(model, expected, mode, given):
     else:
         kwargs = MODES[mode]
     assert torch.equal(generate(model, make_text(), **media, **kwargs), expected)
+
+
+def test_static_cache_compiles(model, expected):
+    """One graph without a break, as CUDA graphs ask for, with the video in the cache."""
+    compile_config = CompileConfig(fullgraph=True, dynamic=False, mode="default", backend="aot_eager")
+    compile_config._compile_all_devices = True
+    kwargs = {"cache_implementation": "static", "compile_config": compile_config, "return_dict_in_generate": True}
+    output = generate(model, make_text(), **kwargs, **VIDEO)
+    assert hasattr(model, "_compiled_call") and torch.equal(output.sequences, expected)
+    assert isinstance(output.past_key_values, StaticCache) and isinstance(output.past_key_values, VambaCache)
+    assert isinstance(copy.deepcopy(output.past_key_values), StaticCache)
 
 
 def test_assisted_generation(model, expected):

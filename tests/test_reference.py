@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 from transformers_vamba import VambaConfig, VambaForConditionalGeneration, VambaModel
 
@@ -90,10 +91,18 @@ def test_published_config_is_translated(tmp_path):
     assert VambaConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
+def test_auto_class_with_the_config_of_a_published_checkpoint(model):
+    config = VambaConfig.from_pretrained(FIXTURES / "published")
+    auto = AutoModelForImageTextToText.from_pretrained(FIXTURES / "published", config=config)
+    assert isinstance(auto, VambaForConditionalGeneration)
+    assert all(torch.equal(a, b) for a, b in zip(auto.state_dict().values(), model.state_dict().values()))
+
+
 @pytest.mark.parametrize("layout", ("ours", "published"))
 def test_round_trip(model, layout, tmp_path):
     """Saved under either set of names, in several shards, and loaded again: the same parameters."""
-    model.save_pretrained(tmp_path, save_original_format=layout == "published", max_shard_size="200KB")
+    layouts = {} if layout == "published" else {"save_original_format": False}
+    model.save_pretrained(tmp_path, max_shard_size="200KB", **layouts)
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 1
     names = {name for shard in shards for name in load_file(shard)}

@@ -53,11 +53,11 @@ def assert_frames(outputs, video_processor, indices):
     ("total", "num_frames", "expected"),
     [
         (24, 8, [1, 4, 7, 10, 13, 16, 19, 22]),
-        (10, 4, [1, 3, 6, 8]),
+        (10, 4, [0, 3, 5, 8]),
         (10, 100, list(range(10))),
         (11, 100, list(range(10))),
-        (10, 3, [1, 5]),
-        (10, 1, [5]),
+        (10, 3, [1, 4]),
+        (10, 1, [4]),
         (1, 8, [0]),
     ],
 )
@@ -71,7 +71,7 @@ def test_sampling_by_count(total, num_frames, expected):
     [
         (24, 8.0, 2, [2, 6, 10, 14, 18, 22]),
         (24, 8.0, 100, list(range(24))),
-        (24, 8.0, 0.01, [12]),
+        (24, 8.0, 0.01, [11]),
         (24, 8.0, 1.0, [4, 12]),
         (60, 30.0, 1.0, [15, 45]),
         # 0.3 intervals a second over 20 seconds are 6 intervals, but 6.000000000000001 or 5.99 in floating point
@@ -87,7 +87,10 @@ def test_sampling_by_rate(total, video_fps, fps, expected):
 def test_sampled_frames_are_the_middle_of_each_interval():
     for total, num_frames in [(7919, 128), (107892, 1024), (1_000_003, 1024), (130, 128)]:
         indices = VambaVideoProcessor().sample_frames(VideoMetadata(total_num_frames=total), num_frames=num_frames)
-        assert indices.tolist() == [math.floor((i + 0.5) * total / num_frames) for i in range(num_frames)]
+        # The first and the last frame of each interval, between whole frames.
+        firsts = [math.floor(i * total / num_frames) for i in range(num_frames)]
+        lasts = [first - 1 for first in firsts[1:]] + [total - 1]
+        assert indices.tolist() == [(first + last) // 2 for first, last in zip(firsts, lasts)]
 
 
 def test_min_and_max_frames_bound_the_samples_only_when_set():
@@ -109,11 +112,11 @@ def test_file_gives_the_sampled_frames(video_processor, video_file):
 
 def test_rate_in_a_call_replaces_the_default_count_and_the_other_way_round(video_processor, video_file):
     assert_frames(video_processor(video_file, fps=2.0), video_processor, [2, 6, 10, 14, 18, 22])
-    assert_frames(video_processor(video_file, num_frames=2), video_processor, [6, 18])
+    assert_frames(video_processor(video_file, num_frames=2), video_processor, [5, 17])
     by_rate = VambaVideoProcessor(size=dict(video_processor.size), fps=2.0)
     assert by_rate.num_frames is None
     assert_frames(by_rate(video_file), video_processor, [2, 6, 10, 14, 18, 22])
-    assert_frames(by_rate(video_file, num_frames=2), video_processor, [6, 18])
+    assert_frames(by_rate(video_file, num_frames=2), video_processor, [5, 17])
 
 
 def test_without_sampling_every_frame_is_used(video_processor, video_file):
@@ -255,7 +258,7 @@ def forms_of(frames, folder):
 
 def test_forms_of_a_video(video_processor, tmp_path):
     frames = frames_of(12, 56, 84)
-    indices = [0, 2, 3, 5, 6, 8, 9, 11]
+    indices = [0, 1, 3, 4, 6, 7, 9, 10]
     expected = video_processor(frames[indices], do_sample_frames=False)
     for form, video in forms_of(frames, tmp_path).items():
         outputs = video_processor(video)

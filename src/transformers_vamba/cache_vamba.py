@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 
 class MambaState(NamedTuple):
@@ -111,6 +111,9 @@ class VambaCache(Cache):
             a batch of text has met the cache.
     """
 
+    def __new__(cls, config: PreTrainedConfig | None = None, text_cache: Cache | None = None):
+        return super().__new__(VambaStaticCache if isinstance(text_cache, StaticCache) else cls)
+
     def __init__(self, config: PreTrainedConfig, text_cache: Cache | None = None):
         text_config = config.get_text_config(decoder=True)
         text_cache = DynamicCache(config=text_config) if text_cache is None else text_cache
@@ -118,10 +121,10 @@ class VambaCache(Cache):
         if text_cache.offloading:
             offloading["offload_only_non_sliding"] = text_cache.only_non_sliding
         if text_cache.layer_class_to_replicate is not None:
-            super().__init__(layer_class_to_replicate=text_cache.layer_class_to_replicate, **offloading)
+            Cache.__init__(self, layer_class_to_replicate=text_cache.layer_class_to_replicate, **offloading)
             self.layers = text_cache.layers
         else:
-            super().__init__(layers=text_cache.layers, **offloading)
+            Cache.__init__(self, layers=text_cache.layers, **offloading)
         self.num_video_layers = text_config.num_hidden_layers
         self.videos: list[list[VambaVideoLayer]] = []
         self.rows: list[int | None] | None = None
@@ -207,6 +210,10 @@ class VambaCache(Cache):
         # Where all rows read the same video, as beams do, there is nothing to look up on the device.
         if self.rows is not None and (len(set(self.rows)) > 1 or len(indices) != len(self.rows)):
             self.rows = [self.rows[index] for index in torch.arange(len(self.rows))[indices.cpu()].tolist()]
+
+
+class VambaStaticCache(VambaCache, StaticCache):
+    """What [`VambaCache`] makes of a [`StaticCache`] for the text, so that `generate` knows it for one."""
 
 
 __all__ = ["MambaState", "VambaCache", "VambaVideoLayer"]

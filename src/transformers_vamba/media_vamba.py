@@ -62,6 +62,9 @@ def group_media_by_row(
     Raises:
         ValueError: where the inputs contradict one another, naming both sides.
     """
+    if mm_token_type_ids is not None:
+        image_sample_ids = _restore_rows(image_sample_ids, mm_token_type_ids == 1)
+        video_sample_ids = _restore_rows(video_sample_ids, mm_token_type_ids == 2)
     images = _split_by_row(
         ("pixel_values", "image_grid_thw", "image_sample_ids"),
         (pixel_values, image_grid_thw, image_sample_ids),
@@ -89,6 +92,14 @@ def group_media_by_row(
         queues = {1: iter(images[row]), 2: iter(videos[row])}
         media.append([next(queues[token_type]) for token_type in types] or images[row] + videos[row])
     return media
+
+
+def _restore_rows(sample_ids: torch.Tensor | None, marks: torch.Tensor) -> torch.Tensor | None:
+    """The rows of the marks, where `sample_ids` are those of single rows put into a batch by concatenation: all 0."""
+    rows = marks.nonzero()[:, 0]
+    if sample_ids is not None and len(sample_ids) == len(rows) and not sample_ids.any():
+        return rows
+    return sample_ids
 
 
 def _split_by_row(

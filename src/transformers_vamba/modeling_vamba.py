@@ -49,7 +49,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VLRotaryEmbedding,
     eager_attention_forward,
 )
-from transformers.utils import can_return_tuple, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -276,13 +277,6 @@ class VambaPreTrainedModel(Qwen2VLPreTrainedModel):
             )
         return model
 
-    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
-        """
-        As [`PreTrainedModel.save_pretrained`], with the parameters under their names in this package. With
-        `save_original_format=True` they get the names of the published research code.
-        """
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
-
 
 class VambaTextModel(VambaPreTrainedModel):
     """The decoder. On its own a causal text model; videos come in a [`VambaCache`] or as `video_states`."""
@@ -325,7 +319,7 @@ class VambaTextModel(VambaPreTrainedModel):
         video_states: torch.FloatTensor | None = None,
         video_lengths: list[int] | None = None,
         rows: list[int | None] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
         Args:
@@ -480,7 +474,7 @@ class VambaModel(VambaPreTrainedModel):
         mm_token_type_ids: torch.IntTensor | None = None,
         image_sample_ids: torch.LongTensor | None = None,
         video_sample_ids: torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPast:
         """See [`VambaForConditionalGeneration.forward`]."""
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -538,6 +532,7 @@ class VambaModel(VambaPreTrainedModel):
 
 class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: VambaConfig):
         super().__init__(config)
@@ -658,7 +653,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
         image_sample_ids: torch.LongTensor | None = None,
         video_sample_ids: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CausalLMOutputWithPast:
         r"""
         Args:

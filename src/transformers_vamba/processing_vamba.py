@@ -18,10 +18,11 @@ import re
 import numpy as np
 import torch
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
+from transformers.video_utils import VideoInput
 
 from .video_processing_vamba import VambaVideoProcessor, flatten_videos, normalize_videos
 
@@ -51,9 +52,9 @@ class VambaProcessor(Qwen2VLProcessor):
 
     def __call__(
         self,
-        images=None,
+        images: ImageInput | None = None,
         text: str | list[str] | None = None,
-        videos=None,
+        videos: VideoInput | None = None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         """
@@ -85,7 +86,7 @@ class VambaProcessor(Qwen2VLProcessor):
 
         Raises:
             `ValueError`: when the images or videos do not match the placeholders, when truncation cut one off, or when
-                a row mixes images and videos and their order cannot be marked.
+                a row has a video before an image and their order cannot be marked.
         """
         text_kwargs = dict(kwargs.pop("text_kwargs", {}))
 
@@ -161,9 +162,9 @@ class VambaProcessor(Qwen2VLProcessor):
             if sum(kind > 0 for kind in kinds) == len(row_media):
                 for position, kind in zip(starts, kinds, strict=True):
                     row_marks[position] = kind
-            elif len(set(row_media)) > 1:
+            elif row_media != sorted(row_media):
                 raise ValueError(
-                    f"Row {row} mixes images and videos, so each placeholder must stand between "
+                    f"Row {row} has a video before an image, so each placeholder must stand between "
                     f"{self.vision_start_token} and {self.vision_end_token} to mark their order."
                 )
             marks.append(row_marks)
@@ -192,8 +193,8 @@ class VambaProcessor(Qwen2VLProcessor):
         num_media = len(flatten(media)) if media is not None else 0
         if sum(counts) != num_media:
             raise ValueError(
-                f"The text has {sum(counts)} {token} placeholder(s) but {num_media} {medium}(s) were given: each "
-                f"{medium} needs its placeholder."
+                f"The number of {token} tokens in the prompts should be the same as the number of {medium}s: there "
+                f"are {sum(counts)} and {num_media}."
             )
         if isinstance(media, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in media):
             row_counts = [len(row) for row in media]

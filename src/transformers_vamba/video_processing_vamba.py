@@ -14,6 +14,8 @@
 """Video processor class for Vamba."""
 
 import os
+from io import BytesIO
+from typing import BinaryIO
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -26,7 +28,12 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.utils import requires_backends
 from transformers.video_processing_utils import BaseVideoProcessor
-from transformers.video_utils import is_valid_video_frame, load_video, make_batched_metadata
+from transformers.video_utils import VideoMetadata, is_valid_video_frame, make_batched_metadata
+
+
+# FFmpeg's formats that name further files or URLs. Reading a video must not open those, and the list of a live
+# broadcast waits for more of them forever.
+PLAYLIST_FORMATS = {"concat", "dash", "hls", "imf", "sdp", "vobsub"}
 
 
 class VambaVideoProcessorKwargs(VideosKwargs, total=False):
@@ -130,7 +137,41 @@ def flatten_videos(videos: list) -> list[str | np.ndarray | torch.Tensor]:
     return [video for item in videos for video in (item if isinstance(item, list) else [item])]
 
 
-def count_frames(path: str) -> int:
+def open_video(file: BinaryIO):
+    """
+    Opens the container of a video with PyAV, without reaching for anything but `file` itself.
+
+    Args:
+        file (`BinaryIO`):
+            The file, at any position. Given as a path, a name such as `talk:1.mp4` would pass for a URL.
+
+    Returns:
+        `av.container.InputContainer`: the container, which has a video stream that can be decoded.
+
+    Raises:
+        `ValueError`: when it has none.
+    """
+    import av
+
+    file.seek(0)
+    options = {
+        "format_whitelist": ",".join(sorted(av.formats_available - PLAYLIST_FORMATS)),
+        "protocol_whitelist": "none",
+    }
+    try:
+        # A title that is not UTF-8 is no reason to refuse the video.
+        container = av.open(file, options=options, metadata_errors="replace")
+    except av.FFmpegError as error:
+        if "Format not on whitelist" in str(error):  # and then all of the list
+            raise ValueError("it is a playlist, which names other files") from None
+        raise
+    if not container.streams.video or container.streams.video[0].codec_context is None:
+        container.close()
+        raise ValueError("it has no video stream of a known codec")
+    return container
+
+
+def count_frames(file: BinaryIO) -> int:
     """
     Counts the frames that decoding the first video stream of a file gives, without decoding it.
 
@@ -139,10 +180,8 @@ def count_frames(path: str) -> int:
     Raises:
         `ValueError`: when frames that the container lists are not in the file, as in a truncated file.
     """
-    import av
-
     found = hidden = 0
-    with av.open(path) as container:
+    with open_video(file) as container:
         stated = container.streams.video[0].frames
         for packet in container.demux(video=0):
             if packet.size and not packet.is_corrupt:
@@ -151,6 +190,55 @@ def count_frames(path: str) -> int:
     if found < stated:
         raise ValueError(f"only {found} of its {stated} frames are there, the file is truncated")
     return found - hidden
+
+
+def read_video(file: BinaryIO, sample_indices_fn=None) -> tuple[np.ndarray, VideoMetadata]:
+    """
+    Decodes frames of the first video stream of a file.
+
+    Args:
+        file (`BinaryIO`):
+            The file.
+        sample_indices_fn (`Callable`, *optional*):
+            Gives the frames to decode, in ascending order, from the metadata. All of them, by default.
+
+    Returns:
+        `tuple[np.ndarray, VideoMetadata]`: the frames, uint8 of shape (frames, height, width, 3), and what is known of
+        the video.
+
+    Raises:
+        `ValueError`: when a frame is missing or of another size than the first.
+    """
+    total = count_frames(file)
+    if not total:
+        raise ValueError("the video has no frames")
+    with open_video(file) as container:
+        stream = container.streams.video[0]
+        fps = float(stream.average_rate) if stream.average_rate else None
+        metadata = VideoMetadata(
+            total_num_frames=total,
+            fps=fps,
+            duration=total / fps if fps else None,
+            video_backend="pyav",
+            height=stream.height,
+            width=stream.width,
+        )
+        indices = np.arange(total) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
+        metadata.frames_indices = indices
+        decoded = enumerate(container.decode(stream))
+        video = None
+        for row, index in enumerate(indices):
+            frame = next((frame for i, frame in decoded if i == index), None)
+            if frame is None:
+                raise ValueError(f"only {row} of {len(indices)} sampled frames could be decoded")
+            shape = (frame.height, frame.width, 3)
+            if video is None:
+                # All at once, so that too large a video is refused before it fills the memory.
+                video = np.empty((len(indices), *shape), dtype=np.uint8)
+            elif video.shape[1:] != shape:
+                raise ValueError(f"frame {index} is of shape {shape}, the first is of shape {video.shape[1:]}")
+            video[row] = frame.to_ndarray(format="rgb24")
+    return video, metadata
 
 
 def whole_patches(num_frames: int, temporal_patch_size: int) -> int:
@@ -278,8 +366,10 @@ class VambaVideoProcessor(BaseVideoProcessor):
                     f"Sampling {fps} frames per second needs the frame rate of the video: pass `video_metadata` with "
                     "its `fps`, or use `num_frames`."
                 )
-            step = metadata.fps / fps
-            indices = np.unique(np.round((np.arange(int(np.ceil(total / step))) + 0.5) * step).astype(np.int64))
+            step = max(metadata.fps / fps, 1)
+            # To the nearest frame; a tie to the one before, so that a rate equal to the video's takes every frame.
+            middles = (np.arange(int(np.ceil(total / step))) + 0.5) * step
+            indices = np.unique(np.ceil(middles - 0.5).astype(np.int64))
             indices = indices[indices < total]
             num_frames = max(len(indices), 1)
         elif num_frames is None:
@@ -309,35 +399,26 @@ class VambaVideoProcessor(BaseVideoProcessor):
 
         requires_backends(self, ["av"])
         import av
+        import httpx
 
-        source = video_url_or_urls
-        url = urlparse(source)
-        is_remote = url.scheme in ("http", "https")
-        if url.scheme == "file":
-            source = url2pathname(url.path)
+        source = os.fspath(video_url_or_urls)
+        scheme = source.partition("://")[0].lower()
+        if scheme == "file":
+            source = url2pathname(urlparse(source).path)
+        is_remote = scheme in ("http", "https")
         if not is_remote and not os.path.isfile(source):
-            raise FileNotFoundError(f"Expected the path or the file, http or https URL of a video, got {source!r}.")
-
-        def sample_indices(metadata, **kwargs):
-            if not is_remote:
-                metadata.total_num_frames = count_frames(source)
-                metadata.duration = metadata.total_num_frames / metadata.fps if metadata.fps else None
-            elif not metadata.total_num_frames:
-                raise ValueError("it does not state its number of frames; download it and pass its path")
-            if sample_indices_fn is None:
-                return np.arange(metadata.total_num_frames)
-            return sample_indices_fn(metadata=metadata)
-
+            raise FileNotFoundError(
+                f"Expected the path or the file, http or https URL of a video, got {video_url_or_urls!r}."
+            )
         try:
-            video, metadata = load_video(source, backend="pyav", sample_indices_fn=sample_indices)
-            if len(video) < len(metadata.frames_indices):
-                raise ValueError(
-                    f"only {len(video)} of {len(metadata.frames_indices)} sampled frames could be decoded"
-                )
-        except (av.FFmpegError, IndexError, TypeError, ValueError) as error:
-            # IndexError: there is no video stream. TypeError: the stream has no frame rate.
+            if is_remote:
+                file = BytesIO(httpx.get(source, follow_redirects=True).raise_for_status().content)
+            else:
+                file = open(source, "rb")
+            with file:
+                return read_video(file, sample_indices_fn)
+        except (av.FFmpegError, httpx.HTTPError, httpx.InvalidURL, MemoryError, OSError, ValueError) as error:
             raise ValueError(f"Could not read {video_url_or_urls!r} as a video: {error}") from error
-        return video, metadata
 
     def _decode_and_sample_videos(self, videos, video_metadata, do_sample_frames=None, sample_indices_fn=None):
         videos = flatten_videos(normalize_videos(videos))

@@ -1,0 +1,2 @@
+class ExportTesterMixin:
+    """Not in the source distribution."""

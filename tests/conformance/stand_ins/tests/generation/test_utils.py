@@ -1,0 +1,2 @@
+class GenerationTesterMixin:
+    """Not in the source distribution."""
