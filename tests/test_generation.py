@@ -61,12 +61,7 @@ MODES = {
 @pytest.mark.parametrize("given", ("pixels", "encoded"))
 def test_modes_agree(model, expected, mode, given):
     media = VIDEO if given == "pixels" else {"past_key_values": model.encode_video(**VIDEO)}
-    if given == "encoded" and "cache_implementation" in MODES[mode]:
-        cache = VambaCache(model.config, StaticCache(model.config, max_cache_len=32))
-        media, kwargs = {"past_key_values": model.encode_video(**VIDEO, past_key_values=cache)}, {}
-    else:
-        kwargs = MODES[mode]
-    assert torch.equal(generate(model, make_text(), **media, **kwargs), expected)
+    assert torch.equal(generate(model, make_text(), **media, **MODES[mode]), expected)
 
 
 def test_static_cache_compiles(model, expected):
@@ -246,6 +241,42 @@ def test_storage_is_sized_ahead(model):
         model.encode_video(**make_media("video", (1, 4, 4)), past_key_values=cache)
         pointers.add(layer._storage.data_ptr())
     assert layer.get_seq_length() == 110 and len(pointers) < 10
+
+
+def test_save_and_load(model, tmp_path):
+    """A processed video from a folder: asked, forked and appended to as if it had never left."""
+    more = make_media("video", (2, 4, 6), seed=9)
+    cache = model.encode_video(**VIDEO)
+    generate(model, make_text(), past_key_values=cache)  # the text read is not kept
+    cache.save_pretrained(tmp_path / "movie")
+    loaded = VambaCache.from_pretrained(tmp_path / "movie")
+    assert loaded.video_lengths == [30] and loaded.get_seq_length() == 0 and loaded.rows is None
+    assert torch.equal(
+        generate(model, make_text(2), past_key_values=loaded.fork())[:1],
+        generate(model, make_text(2), past_key_values=model.encode_video(**VIDEO))[:1],
+    )
+    expected = model.encode_video(**more, past_key_values=model.encode_video(**VIDEO))
+    model.encode_video(**more, past_key_values=loaded)
+    assert torch.equal(loaded.videos[0][2].keys, expected.videos[0][2].keys)
+
+    two = make_media("video", (1, 4, 4), (2, 4, 4))
+    model.encode_video(**two, video_sample_ids=torch.tensor([0, 2])).save_pretrained(tmp_path / "rows")
+    assert VambaCache.from_pretrained(tmp_path / "rows").rows == [0, None, 1]
+
+
+def test_load_errors(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="cache_config.json"):
+        VambaCache.from_pretrained(tmp_path)
+    model.encode_video(**VIDEO).save_pretrained(tmp_path)
+    other = tiny_model(mamba_d_state=32)
+    with pytest.raises(ValueError, match="of another model: it has mamba_d_state 16 instead of 32"):
+        generate(other, make_text(), past_key_values=VambaCache.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match="of another model"):
+        other.encode_video(**VIDEO, past_key_values=VambaCache.from_pretrained(tmp_path))
+    path = tmp_path / "layer-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged.*layer-00001"):
+        VambaCache.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("segment_frames", (0, -2))

@@ -15,11 +15,33 @@
 
 import copy
 import itertools
+import json
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
+
+from .configuration_vamba import VambaTextConfig
+
+
+CACHE_CONFIG_NAME = "cache_config.json"
+# What a model and a cache must have in common.
+_FIELDS_THAT_FIT = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "mamba_d_state",
+    "mamba_d_conv",
+    "mamba_expand",
+    "mamba_d_head",
+    "mamba_n_groups",
+)
 
 
 class MambaState(NamedTuple):
@@ -44,8 +66,11 @@ class VambaVideoLayer(DynamicLayer):
     gradient has to flow into them, they are concatenated instead.
     """
 
-    def __init__(self):
+    def __init__(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None):
         super().__init__()
+        if keys is not None:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys, values
         self.mixer_state: MambaState | None = None
         self._storage: torch.Tensor | None = None
         self._reserved = 0
@@ -125,7 +150,7 @@ class VambaCache(Cache):
             self.layers = text_cache.layers
         else:
             Cache.__init__(self, layers=text_cache.layers, **offloading)
-        self.num_video_layers = text_config.num_hidden_layers
+        self.config = text_config
         self.videos: list[list[VambaVideoLayer]] = []
         self.rows: list[int | None] | None = None
 
@@ -139,7 +164,7 @@ class VambaCache(Cache):
 
     def add_video(self) -> int:
         """Makes room for one more video and returns its index in `videos`."""
-        self.videos.append([VambaVideoLayer() for _ in range(self.num_video_layers)])
+        self.videos.append([VambaVideoLayer() for _ in range(self.config.num_hidden_layers)])
         return len(self.videos) - 1
 
     def resolve_rows(self, batch_size: int) -> list[int | None]:
@@ -161,6 +186,72 @@ class VambaCache(Cache):
                 "videos, one video for all rows, or set `cache.rows`."
             )
         return list(range(batch_size))
+
+    def check_fits(self, config: PreTrainedConfig) -> None:
+        """Raises a `ValueError` unless a decoder of this configuration can read and continue the videos."""
+        wrong = [
+            f"{name} {getattr(self.config, name)} instead of {getattr(config, name)}"
+            for name in _FIELDS_THAT_FIT
+            if getattr(self.config, name) != getattr(config, name)
+        ]
+        if wrong:
+            raise ValueError(f"The cache is of another model: it has {', '.join(wrong)}.")
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """
+        Writes the videos to a folder: a `cache_config.json`, and a safetensors file a decoder layer. The text that has
+        been read is not kept.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder, made where it is missing.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        for layer_idx, layers in enumerate(zip(*self.videos)):
+            tensors = {}
+            for video, layer in enumerate(layers):
+                tensors[f"{video}.keys"], tensors[f"{video}.values"] = layer.keys, layer.values
+                if layer.mixer_state is not None:
+                    tensors[f"{video}.conv"], tensors[f"{video}.ssm"] = layer.mixer_state
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(tensors, folder / f"layer-{layer_idx:05d}.safetensors")
+        rows = None if self.rows is not None and set(self.rows) == {0} else self.rows
+        content = {"num_videos": len(self.videos), "rows": rows, "text_config": self.config.to_dict()}
+        (folder / CACHE_CONFIG_NAME).write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, save_directory: str | os.PathLike, device: torch.device | str = "cpu") -> "VambaCache":
+        """
+        Reads what [`~VambaCache.save_pretrained`] has written, by memory map, straight to a device. Whether a model
+        fits is checked when it first reads the cache.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where the tensors go.
+
+        Raises:
+            `FileNotFoundError`: where there is no such folder, or one without a processed video.
+            `ValueError`: for a file that is damaged.
+        """
+        folder = Path(save_directory)
+        if not (folder / CACHE_CONFIG_NAME).is_file():
+            raise FileNotFoundError(f"Expected a folder with a {CACHE_CONFIG_NAME}, got {str(folder)!r}.")
+        content = json.loads((folder / CACHE_CONFIG_NAME).read_text())
+        cache = cls(VambaTextConfig(**content["text_config"]))
+        cache.videos = [[] for _ in range(content["num_videos"])]
+        cache.rows = content["rows"]
+        for layer_idx in range(cache.config.num_hidden_layers if cache.videos else 0):
+            path = folder / f"layer-{layer_idx:05d}.safetensors"
+            try:
+                tensors = load_file(path, device=str(device))
+                for video, layers in enumerate(cache.videos):
+                    layer = VambaVideoLayer(tensors[f"{video}.keys"], tensors[f"{video}.values"])
+                    if f"{video}.ssm" in tensors:
+                        layer.mixer_state = MambaState(tensors[f"{video}.conv"], tensors[f"{video}.ssm"])
+                    layers.append(layer)
+            except (SafetensorError, KeyError) as error:
+                raise ValueError(f"The processed video is damaged: {str(path)!r} ({error}).") from error
+        return cache
 
     def fork(self) -> "VambaCache":
         """

@@ -347,6 +347,7 @@ class VambaTextModel(VambaPreTrainedModel):
             past_key_values = VambaCache(self.config)
         cached_videos = None
         if isinstance(past_key_values, VambaCache) and video_states is None:
+            past_key_values.check_fits(self.config)
             cached_videos = past_key_values.videos
             rows = past_key_values.resolve_rows(batch_size)
             if use_cache:
@@ -439,6 +440,7 @@ class VambaModel(VambaPreTrainedModel):
         Encodes each row's images and videos, in order, behind what the cache holds for that row, `segment_frames`
         frames at a time: vision tower, mixers, keys and values. Sets `cache.rows`.
         """
+        cache.check_fits(self.config.text_config)
         rows = list(cache.resolve_rows(len(media)))
         vision_config = self.config.vision_config
         for row, row_media in enumerate(media):
@@ -748,6 +750,11 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
+        encoded = model_kwargs.get("past_key_values")
+        if generation_config.cache_implementation is not None and isinstance(encoded, VambaCache):
+            # A cache with videos alone leaves open which kind of cache the text gets.
+            if encoded.get_seq_length() == 0:
+                del model_kwargs["past_key_values"]
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
@@ -761,6 +768,8 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
             return
         if not isinstance(cache, VambaCache):
             cache = VambaCache(self.config, cache)
+            if isinstance(encoded, VambaCache):
+                cache.videos, cache.rows = encoded.videos, encoded.rows
         self.model.encode_media(media, cache)
         num_copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         cache.rows = [row for row in cache.rows for _ in range(num_copies)]
