@@ -14,11 +14,12 @@
 """The Mamba-2 mixer that updates the video tokens, over any number of them."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from transformers.integrations import use_kernelized_func
+from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.mamba2.modeling_mamba2 import causal_conv1d_fn, mamba2_chunk_scan
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
@@ -31,22 +32,25 @@ from .configuration_vamba import VambaTextConfig
 logger = logging.get_logger(__name__)
 
 
-def _import_kernels() -> bool:
-    """Whether the CUDA kernels are installed and whole: where they are not, Transformers quietly takes PyTorch's."""
+def _import_kernels() -> Callable | None:
+    """
+    The fused gated norm of `mamba-ssm`, where the CUDA kernels are installed and whole. Where they are not,
+    Transformers quietly takes PyTorch's functions, which know no sequence boundaries.
+    """
     if not (is_mamba_2_ssm_available() and is_causal_conv1d_available()):
-        return False
+        return None
     try:
         import causal_conv1d  # noqa: F401
-        import mamba_ssm  # noqa: F401
+        from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
     except Exception as error:
         logger.warning(
             f"The Mamba-2 kernels are installed but cannot be imported ({error}); PyTorch takes their place."
         )
-        return False
-    return True
+        return None
+    return rmsnorm_fn
 
 
-HAS_KERNELS = _import_kernels()
+_gated_rms_norm = _import_kernels()
 
 
 @use_kernelized_func([causal_conv1d_fn, mamba2_chunk_scan])
@@ -90,7 +94,7 @@ class VambaMixer(nn.Module):
 
     def use_kernels(self, device: torch.device) -> bool:
         """Whether tokens on `device` go through the CUDA kernels."""
-        return device.type == "cuda" and HAS_KERNELS
+        return device.type == "cuda" and _gated_rms_norm is not None
 
     def max_tokens(self, device: torch.device) -> int:
         """
@@ -110,6 +114,7 @@ class VambaMixer(nn.Module):
         # The PyTorch scan's work grows with the chunk, which changes no result.
         return min(self.chunk_size, 64)
 
+    @force_accelerate_hooks("conv1d", "norm")  # their weights are read past their forward
     def forward(
         self, hidden_states: torch.Tensor, lengths: list[int], state: MambaState | None = None
     ) -> tuple[torch.Tensor, MambaState]:
@@ -128,6 +133,15 @@ class VambaMixer(nn.Module):
         )
         if self.use_kernels(hidden_states.device):
             outputs, state = self._scan(conv_inputs, dt, state, lengths)
+            outputs = _gated_rms_norm(
+                outputs,
+                self.norm.weight,
+                None,
+                z=gate,
+                eps=self.norm.variance_epsilon,
+                group_size=self.norm.group_size,
+                norm_before_gate=False,
+            )
         else:
             # The PyTorch functions know no sequence boundaries: one sequence after the other.
             outputs = []
@@ -135,8 +149,8 @@ class VambaMixer(nn.Module):
                 output, last_state = self._scan(*piece, state, [piece[1].shape[1]])
                 outputs.append(output)
                 state = None
-            outputs, state = torch.cat(outputs, dim=1), last_state
-        return self.out_proj(self.norm(outputs, gate)), state
+            outputs, state = self.norm(torch.cat(outputs, dim=1), gate), last_state
+        return self.out_proj(outputs), state
 
     def _scan(
         self, conv_inputs: torch.Tensor, dt: torch.Tensor, state: MambaState | None, lengths: list[int]
