@@ -114,7 +114,7 @@ class VambaMixer(nn.Module):
         # The PyTorch scan's work grows with the chunk, which changes no result.
         return min(self.chunk_size, 64)
 
-    @force_accelerate_hooks("conv1d", "norm")  # their weights are read past their forward
+    @force_accelerate_hooks(["conv1d", "norm"])  # their weights are read past their forward
     def forward(
         self, hidden_states: torch.Tensor, lengths: list[int], state: MambaState | None = None
     ) -> tuple[torch.Tensor, MambaState]:
