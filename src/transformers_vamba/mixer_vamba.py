@@ -232,7 +232,7 @@ class VambaVisionMixer(nn.Module):
             hidden_states, stretch_state = self.mixer(self.norm(residual), stretch, state)
             outputs.append(residual + hidden_states)
             state = stretch_state if is_continued else None
-        return torch.cat(outputs, dim=1), stretch_state
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), stretch_state
 
 
 def split_into_stretches(lengths: list[int], max_tokens: int) -> Iterator[tuple[list[int], bool]]:

@@ -71,13 +71,15 @@ VideoRead = tuple[int, torch.Tensor | None, torch.Tensor | None]
 
 class VambaCrossAttention(Qwen2VLAttention):
     """
-    Attention of the text over a video: no mask, no positions. The rows of the batch that read one video are folded
-    into the query dimension, so its keys and values are neither masked, padded nor repeated.
+    Attention of the text over a video: no mask, no positions. The rows of the batch that read one video, and the
+    heads that share a key, are folded into the query dimension, so keys and values are neither masked, padded nor
+    repeated.
     """
 
     def __init__(self, config: VambaTextConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.is_causal = False
+        self.num_key_value_groups = 1  # as the attention implementations see it
 
     def project_video(self, video_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, `(1, num_key_value_heads, num_tokens, head_dim)`, of `(1, num_tokens, hidden_size)`."""
@@ -97,13 +99,16 @@ class VambaCrossAttention(Qwen2VLAttention):
             self.config._attn_implementation, eager_attention_forward
         )
         outputs = []
-        for query, (_, keys, values) in zip(query_states.split([num_rows for num_rows, *_ in reads]), reads):
+        for query, (num_rows, keys, values) in zip(query_states.split([num_rows for num_rows, *_ in reads]), reads):
             if keys is None:
                 outputs.append(torch.zeros_like(query))
                 continue
+            # (num_videos, num_key_value_heads, num_tokens, heads that share a key, head_dim)
+            heads_per_key = self.num_heads // self.num_key_value_heads
+            query = query.reshape(keys.shape[0], -1, keys.shape[1], heads_per_key, self.head_dim).transpose(1, 2)
             attn_output, _ = attention_interface(
                 self,
-                query.reshape(keys.shape[0], -1, self.num_heads, self.head_dim).transpose(1, 2),
+                query.flatten(2, 3),
                 keys,
                 values,
                 None,
@@ -111,7 +116,8 @@ class VambaCrossAttention(Qwen2VLAttention):
                 scaling=self.scaling,
                 is_causal=False,
             )
-            outputs.append(attn_output.reshape(query.shape))
+            attn_output = attn_output.transpose(1, 2).unflatten(2, query.shape[2:4]).transpose(1, 2)
+            outputs.append(attn_output.reshape(num_rows, -1, query_states.shape[-1]))
         return self.o_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
 
