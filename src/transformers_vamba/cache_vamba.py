@@ -89,7 +89,7 @@ class VambaVideoLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if self._storage is None or self._storage.shape[-2] < end:
-            self._grow(key_states, start, max(end, self._reserved, start + start // 4))
+            self._grow(key_states, start, max(end, self._reserved, start + start // 16))
         self._storage[0, :, :, start:end] = key_states
         self._storage[1, :, :, start:end] = value_states
         self.keys, self.values = self._storage[:, :, :, :end].unbind()
@@ -186,6 +186,12 @@ class VambaCache(Cache):
                 "videos, one video for all rows, or set `cache.rows`."
             )
         return list(range(batch_size))
+
+    def mark_static_videos(self) -> None:
+        """Tells `torch.compile` that the videos stay where they are: CUDA graphs then read them in place."""
+        for layer in itertools.chain(*self.videos):
+            for states in (layer.keys, layer.values):
+                torch._dynamo.mark_static_address(states, guard=False)
 
     def check_fits(self, config: PreTrainedConfig) -> None:
         """Raises a `ValueError` unless a decoder of this configuration can read and continue the videos."""

@@ -428,14 +428,16 @@ class VambaModel(VambaPreTrainedModel):
 
     def embed_media(self, media: list[Medium]) -> torch.Tensor:
         """The vision tower's output, `(1, num_tokens, hidden_size)`, for images and videos in order."""
-        pixel_values = torch.cat([pixels for pixels, _ in media]).to(self.visual.device, self.visual.dtype)
+        # To the device first: a copy from pinned memory does not wait, and the conversion is quicker there.
+        pixel_values = [pixels.to(self.visual.device, non_blocking=True) for pixels, _ in media]
+        pixel_values = pixel_values[0] if len(media) == 1 else torch.cat(pixel_values)
         # The tower sees single frames: media of one size that follow one another might as well be one.
         grids = [
             (sum(t for t, _, _ in run), *size)
             for size, run in itertools.groupby((grid for _, grid in media), key=lambda grid: grid[1:])
         ]
         embeds = self.visual(
-            pixel_values,
+            pixel_values.to(self.visual.dtype),
             grid_thw=torch.tensor(grids, device=self.visual.device),
             frame_length=math.prod(grids[0][1:]) if len(grids) == 1 else None,
         ).pooler_output
@@ -779,6 +781,8 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
         self.model.encode_media(media, cache)
         num_copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         cache.rows = [row for row in cache.rows for _ in range(num_copies)]
+        if cache.is_compileable:
+            cache.mark_static_videos()
         model_kwargs["past_key_values"] = cache
 
 
