@@ -38,7 +38,7 @@ AutoModel.register(VambaTextConfig, VambaTextModel)
 AutoModelForImageTextToText.register(VambaConfig, VambaForConditionalGeneration)
 if hasattr(transformers, "AutoModelForMultimodalLM"):
     transformers.AutoModelForMultimodalLM.register(VambaConfig, VambaForConditionalGeneration)
-AutoImageProcessor.register(VambaConfig, Qwen2VLImageProcessor)
+AutoImageProcessor.register(VambaConfig, image_processor_classes={"torchvision": Qwen2VLImageProcessor})
 AutoVideoProcessor.register(VambaConfig, VambaVideoProcessor)
 AutoProcessor.register(VambaConfig, VambaProcessor)
 

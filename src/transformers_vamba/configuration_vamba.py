@@ -135,6 +135,7 @@ class VambaConfig(Qwen2VLConfig):
     sub_configs_defaults = sub_configs  # what newer versions of Transformers call the same thing
 
     def __post_init__(self, **kwargs):
+        kwargs.setdefault("auto_map", dict(_AUTO_MAP))
         if "vision_mamba_mixer_config" in kwargs:
             kwargs = _translate_published_config(kwargs)
             # The published code gives its vision configuration Qwen2-VL's own model type, among other leftovers.
@@ -149,6 +150,12 @@ class VambaConfig(Qwen2VLConfig):
                 f"equal `text_config.hidden_size` ({self.text_config.hidden_size})."
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        config_dict = super().to_dict()
+        if config_dict.get("auto_map") == _AUTO_MAP:
+            del config_dict["auto_map"]
+        return config_dict
+
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
@@ -156,6 +163,10 @@ class VambaConfig(Qwen2VLConfig):
             config_dict["model_type"] = cls.model_type
         return config_dict, kwargs
 
+
+# The Auto class of the model, which TRL asks of an architecture that is not in the namespace of `transformers`. It is
+# never written: a checkpoint with code of its own has another.
+_AUTO_MAP = {"AutoModelForImageTextToText": "transformers_vamba.VambaForConditionalGeneration"}
 
 # Fields of a published `vision_mamba_mixer_config` and what they are called here.
 _PUBLISHED_MIXER_FIELDS = {

@@ -63,8 +63,8 @@ def group_media_by_row(
         ValueError: where the inputs contradict one another, naming both sides.
     """
     if mm_token_type_ids is not None:
-        image_sample_ids = _restore_rows(image_sample_ids, mm_token_type_ids == 1)
-        video_sample_ids = _restore_rows(video_sample_ids, mm_token_type_ids == 2)
+        image_sample_ids = _restore_rows(image_sample_ids, image_grid_thw, mm_token_type_ids == 1)
+        video_sample_ids = _restore_rows(video_sample_ids, video_grid_thw, mm_token_type_ids == 2)
     images = _split_by_row(
         ("pixel_values", "image_grid_thw", "image_sample_ids"),
         (pixel_values, image_grid_thw, image_sample_ids),
@@ -94,12 +94,14 @@ def group_media_by_row(
     return media
 
 
-def _restore_rows(sample_ids: torch.Tensor | None, marks: torch.Tensor) -> torch.Tensor | None:
-    """The rows of the marks, where `sample_ids` are those of single rows put into a batch by concatenation: all 0."""
+def _restore_rows(
+    sample_ids: torch.Tensor | None, grid_thw: torch.Tensor | None, marks: torch.Tensor
+) -> torch.Tensor | None:
+    """The rows of the marks, where `sample_ids` are left out, or are those of single rows put one behind the other."""
+    if grid_thw is None or (sample_ids is not None and sample_ids.any()):
+        return sample_ids
     rows = marks.nonzero()[:, 0]
-    if sample_ids is not None and len(sample_ids) == len(rows) and not sample_ids.any():
-        return rows
-    return sample_ids
+    return rows if len(rows) == len(grid_thw) else sample_ids
 
 
 def _split_by_row(

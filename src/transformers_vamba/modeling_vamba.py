@@ -25,12 +25,14 @@ layer's keys and values, can be computed once and ahead of any question, a stret
 Where no cache is kept (training), both streams go through the decoder layer by layer instead.
 """
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -63,6 +65,14 @@ from .vision_vamba import VambaVisionModel
 
 logger = logging.get_logger(__name__)
 
+
+# In order of preference.
+SDPA_BACKENDS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 # Consecutive rows of a batch, how many they are, and the keys and values of the videos that they read, of shape
 # `(num_videos, num_key_value_heads, num_tokens, head_dim)`: as many rows each. `None` where the rows read nothing.
@@ -106,16 +116,20 @@ class VambaCrossAttention(Qwen2VLAttention):
             # (num_videos, num_key_value_heads, num_tokens, heads that share a key, head_dim)
             heads_per_key = self.num_heads // self.num_key_value_heads
             query = query.reshape(keys.shape[0], -1, keys.shape[1], heads_per_key, self.head_dim).transpose(1, 2)
-            attn_output, _ = attention_interface(
-                self,
-                query.flatten(2, 3),
-                keys,
-                values,
-                None,
-                dropout=0.0 if not self.training else self.attention_dropout,
-                scaling=self.scaling,
-                is_causal=False,
-            )
+            folded_query = query.flatten(2, 3)
+            # Of PyTorch's kernels only flash cuts a long video up when few queries read it, and keeps the device busy.
+            few_queries = folded_query.shape[2] <= 512
+            with sdpa_kernel(SDPA_BACKENDS, set_priority=True) if few_queries else contextlib.nullcontext():
+                attn_output, _ = attention_interface(
+                    self,
+                    folded_query,
+                    keys,
+                    values,
+                    None,
+                    dropout=0.0 if not self.training else self.attention_dropout,
+                    scaling=self.scaling,
+                    is_causal=False,
+                )
             attn_output = attn_output.transpose(1, 2).unflatten(2, query.shape[2:4]).transpose(1, 2)
             outputs.append(attn_output.reshape(num_rows, -1, query_states.shape[-1]))
         return self.o_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
@@ -515,6 +529,8 @@ class VambaModel(VambaPreTrainedModel):
                 if not isinstance(past_key_values, VambaCache):
                     past_key_values = VambaCache(self.config, past_key_values)
                 self.encode_media(media, past_key_values)
+        elif self.training and input_ids is not None and past_key_values is None:
+            self._refuse_absent_media(input_ids)
 
         return self.language_model(
             attention_mask=attention_mask,
@@ -524,6 +540,17 @@ class VambaModel(VambaPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
+
+    def _refuse_absent_media(self, input_ids: torch.Tensor) -> None:
+        """Raises where the text has places for images or videos that did not come with it: some trainers drop them."""
+        starts, ends = self.config.vision_start_token_id, self.config.vision_end_token_id
+        num_places = int(((input_ids[:, :-1] == starts) & (input_ids[:, 1:] == ends)).sum())
+        if num_places:
+            raise ValueError(
+                f"The text has places for {num_places} images or videos (`<|vision_start|><|vision_end|>`), but none "
+                "are given. Check that the data collator returns the processor's `pixel_values` or "
+                "`pixel_values_videos`, and that the trainer passes them on."
+            )
 
     def _video_stream(self, media: list[list[Medium]]) -> dict:
         """The videos of a batch one behind the other, for a pass through the decoder together with the text."""

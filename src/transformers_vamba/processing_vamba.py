@@ -14,6 +14,7 @@
 """Processor class for Vamba."""
 
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpa
 from transformers.video_utils import VideoInput
 
 from .video_processing_vamba import VambaVideoProcessor, flatten_videos, normalize_videos
+from .video_segments_vamba import iter_video_segments
 
 
 MEDIUM_TYPE_IDS = {"image": 1, "video": 2}
@@ -124,6 +126,50 @@ class VambaProcessor(Qwen2VLProcessor):
         if return_mm_token_type_ids:
             outputs["mm_token_type_ids"] = self._mark_media(text, outputs["input_ids"], media)
         return outputs
+
+    def iter_video_segments(
+        self,
+        video,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        segment_frames: int = 64,
+        progress: bool | None = None,
+        **videos_kwargs,
+    ) -> Iterator[BatchFeature]:
+        """
+        Prepares one video, however long, a segment at a time, for [`~VambaForConditionalGeneration.encode_video`]:
+
+            cache = None
+            for segment in processor.iter_video_segments("movie.mp4", fps=1.0):
+                cache = model.encode_video(**segment, past_key_values=cache)
+
+        The segments, one behind the other, are what `processor(videos=[video])` gives at once. A background thread
+        decodes two of them ahead; no more than four are in memory at a time, whatever the length.
+
+        Args:
+            video:
+                A path or a URL, an open binary file, a list of frames or an array. A pipe, a binary file that cannot
+                be sought or a URL of unknown length is a live source: it is read as it comes, and sampled by `fps`.
+            num_frames (`int`, *optional*), fps (`float`, *optional*):
+                How many frames to sample, or how many a second. By default as the video processor is set.
+            segment_frames (`int`, *optional*, defaults to 64):
+                Greatest number of sampled frames in a segment, a multiple of `temporal_patch_size`.
+            progress (`bool`, *optional*):
+                Whether to show a progress bar. By default only where stderr is a terminal.
+            **videos_kwargs:
+                Further arguments of the video processor.
+
+        Yields:
+            `BatchFeature`: `pixel_values_videos` and `video_grid_thw` of the segment.
+
+        Raises:
+            `FileNotFoundError`: for a path without a file.
+            `ValueError`: for what cannot be read as a video, is truncated (behind the segments that are there), or is
+                sampled in a way that it does not allow.
+        """
+        sampling = {"num_frames": num_frames, "fps": fps}
+        videos_kwargs |= {name: value for name, value in sampling.items() if value is not None}
+        return iter_video_segments(self.video_processor, video, segment_frames, progress, **videos_kwargs)
 
     def _mark_media(self, text: list[str], input_ids, media: list[list[str]]):
         """

@@ -13,11 +13,15 @@
 # limitations under the License.
 """Video processor class for Vamba."""
 
+import errno
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
 from io import BytesIO
 from typing import BinaryIO
 from urllib.parse import urlparse
-from urllib.request import url2pathname
+from urllib.request import url2pathname, urlopen
 
 import numpy as np
 import PIL.Image
@@ -132,6 +136,14 @@ def normalize_videos(videos) -> list:
     ]
 
 
+def has_frame_files(videos) -> bool:
+    """Whether one of the videos that [`normalize_videos`] takes is a list of image files, sampled before."""
+    rows = [row for row in videos if isinstance(row, (list, tuple))] if isinstance(videos, (list, tuple)) else []
+    return any(
+        isinstance(video, (list, tuple)) and len(video) and isinstance(video[0], str) for row in rows for video in row
+    )
+
+
 def flatten_videos(videos: list) -> list[str | np.ndarray | torch.Tensor]:
     """Drops the row structure of what [`normalize_videos`] returns."""
     return [video for item in videos for video in (item if isinstance(item, list) else [item])]
@@ -143,7 +155,8 @@ def open_video(file: BinaryIO):
 
     Args:
         file (`BinaryIO`):
-            The file, at any position. Given as a path, a name such as `talk:1.mp4` would pass for a URL.
+            The file, at any position if it can be sought. Given as a path, a name such as `talk:1.mp4` would pass for
+            a URL.
 
     Returns:
         `av.container.InputContainer`: the container, which has a video stream that can be decoded.
@@ -153,7 +166,8 @@ def open_video(file: BinaryIO):
     """
     import av
 
-    file.seek(0)
+    if file.seekable():
+        file.seek(0)
     options = {
         "format_whitelist": ",".join(sorted(av.formats_available - PLAYLIST_FORMATS)),
         "protocol_whitelist": "none",
@@ -161,24 +175,29 @@ def open_video(file: BinaryIO):
     try:
         # A title that is not UTF-8 is no reason to refuse the video.
         container = av.open(file, options=options, metadata_errors="replace")
-    except av.FFmpegError as error:
-        if "Format not on whitelist" in str(error):  # and then all of the list
-            raise ValueError("it is a playlist, which names other files") from None
+    except (av.ArgumentError, OSError) as error:
+        if error.errno == errno.EINVAL:
+            raise ValueError("it is no video, or a playlist that names further files") from error
         raise
     if not container.streams.video or container.streams.video[0].codec_context is None:
         container.close()
         raise ValueError("it has no video stream of a known codec")
+    # Several frames at a time, where the codec allows it. With PyAV's logging on, a thread that logs an error and the
+    # one that waits for it would wait for one another.
+    if av.logging.get_level() is None:
+        container.streams.video[0].thread_type = "AUTO"
     return container
 
 
-def count_frames(file: BinaryIO) -> int:
+def count_frames(file: BinaryIO) -> tuple[int, int]:
     """
     Counts the frames that decoding the first video stream of a file gives, without decoding it.
 
     Many containers (Matroska, fragmented MP4) do not state the number, and an MP4 edit list hides frames it states.
 
-    Raises:
-        `ValueError`: when frames that the container lists are not in the file, as in a truncated file.
+    Returns:
+        `tuple[int, int]`: the frames that are there, and those that the container lists but that are not in the file,
+        as in a truncated file.
     """
     found = hidden = 0
     with open_video(file) as container:
@@ -187,9 +206,56 @@ def count_frames(file: BinaryIO) -> int:
             if packet.size and not packet.is_corrupt:
                 found += 1
                 hidden += packet.is_discard
-    if found < stated:
-        raise ValueError(f"only {found} of its {stated} frames are there, the file is truncated")
-    return found - hidden
+    return found - hidden, max(stated - found, 0)
+
+
+def truncation_error(num_frames: int, num_missing: int) -> ValueError:
+    return ValueError(f"only {num_frames} of its {num_frames + num_missing} frames are there, the file is truncated")
+
+
+def describe_stream(stream, num_frames: int | None) -> VideoMetadata:
+    """What is known of the frames of a PyAV video stream."""
+    fps = float(stream.average_rate) if stream.average_rate else None
+    return VideoMetadata(
+        total_num_frames=num_frames,
+        fps=fps,
+        duration=num_frames / fps if fps and num_frames else None,
+        video_backend="pyav",
+        height=stream.height,
+        width=stream.width,
+    )
+
+
+def pick_frames(frames: Iterable, indices: np.ndarray) -> Iterator:
+    """The frames at these indices, which ascend. Raises a `ValueError` where there are not so many."""
+    numbered = enumerate(frames)
+    for row, index in enumerate(indices):
+        frame = next((frame for i, frame in numbered if i == index), None)
+        if frame is None:
+            raise ValueError(f"only {row} of {len(indices)} sampled frames could be decoded")
+        yield frame
+
+
+def to_arrays(frames: Iterable) -> Iterator[np.ndarray]:
+    """PyAV's frames as arrays, uint8 of shape (height, width, 3). Raises a `ValueError` where the size changes."""
+    first_shape = None
+    for row, frame in enumerate(frames):
+        shape = (frame.height, frame.width, 3)
+        first_shape = first_shape or shape
+        if shape != first_shape:
+            raise ValueError(f"sampled frame {row} is of shape {shape}, the first is of shape {first_shape}")
+        yield frame.to_ndarray(format="rgb24")
+
+
+def stack_frames(arrays: Iterator[np.ndarray], num_frames: int) -> np.ndarray | None:
+    """The next frames, at most `num_frames`: uint8 of shape (frames, height, width, 3), `None` where none is left."""
+    video, length = None, 0
+    for length, array in zip(range(1, num_frames + 1), arrays):
+        if video is None:
+            # All at once, so that too large a video is refused before it fills the memory.
+            video = np.empty((num_frames, *array.shape), dtype=np.uint8)
+        video[length - 1] = array
+    return video if length == num_frames or video is None else video[:length].copy()
 
 
 def read_video(file: BinaryIO, sample_indices_fn=None) -> tuple[np.ndarray, VideoMetadata]:
@@ -209,36 +275,39 @@ def read_video(file: BinaryIO, sample_indices_fn=None) -> tuple[np.ndarray, Vide
     Raises:
         `ValueError`: when a frame is missing or of another size than the first.
     """
-    total = count_frames(file)
+    total, missing = count_frames(file)
+    if missing:
+        raise truncation_error(total, missing)
     if not total:
         raise ValueError("the video has no frames")
     with open_video(file) as container:
         stream = container.streams.video[0]
-        fps = float(stream.average_rate) if stream.average_rate else None
-        metadata = VideoMetadata(
-            total_num_frames=total,
-            fps=fps,
-            duration=total / fps if fps else None,
-            video_backend="pyav",
-            height=stream.height,
-            width=stream.width,
-        )
+        metadata = describe_stream(stream, total)
         indices = np.arange(total) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
         metadata.frames_indices = indices
-        decoded = enumerate(container.decode(stream))
-        video = None
-        for row, index in enumerate(indices):
-            frame = next((frame for i, frame in decoded if i == index), None)
-            if frame is None:
-                raise ValueError(f"only {row} of {len(indices)} sampled frames could be decoded")
-            shape = (frame.height, frame.width, 3)
-            if video is None:
-                # All at once, so that too large a video is refused before it fills the memory.
-                video = np.empty((len(indices), *shape), dtype=np.uint8)
-            elif video.shape[1:] != shape:
-                raise ValueError(f"frame {index} is of shape {shape}, the first is of shape {video.shape[1:]}")
-            video[row] = frame.to_ndarray(format="rgb24")
+        arrays = to_arrays(pick_frames(container.decode(stream), indices))
+        video = stack_frames(arrays, len(indices))
     return video, metadata
+
+
+def is_remote(source: str) -> bool:
+    return source.partition("://")[0].lower() in ("http", "https")
+
+
+def local_path(source: str) -> str:
+    """The path that a path or `file://` URL means."""
+    return url2pathname(urlparse(source).path) if source.lower().startswith("file://") else source
+
+
+@contextmanager
+def errors_of(source):
+    """Turns the errors of reading `source` into a `ValueError` that names it."""
+    import av
+
+    try:
+        yield
+    except (av.FFmpegError, HTTPException, MemoryError, OSError, ValueError) as error:
+        raise ValueError(f"Could not read {source!r} as a video: {error}") from error
 
 
 def whole_patches(num_frames: int, temporal_patch_size: int) -> int:
@@ -325,6 +394,8 @@ class VambaVideoProcessor(BaseVideoProcessor):
             `ValueError`: for what cannot be read as a video, has no frames, or is sampled in a way that it does not
                 allow.
         """
+        if kwargs.get("do_sample_frames") and has_frame_files(videos):
+            raise ValueError("Sampling frames from a list of images is not supported! Set `do_sample_frames=False`.")
         return super().preprocess(videos, **self._choose_sampling(kwargs))
 
     def sample_frames(
@@ -398,27 +469,19 @@ class VambaVideoProcessor(BaseVideoProcessor):
             return list(zip(*[self.fetch_videos(url, sample_indices_fn) for url in video_url_or_urls], strict=True))
 
         requires_backends(self, ["av"])
-        import av
-        import httpx
-
         source = os.fspath(video_url_or_urls)
-        scheme = source.partition("://")[0].lower()
-        if scheme == "file":
-            source = url2pathname(urlparse(source).path)
-        is_remote = scheme in ("http", "https")
-        if not is_remote and not os.path.isfile(source):
+        if not is_remote(source) and not os.path.isfile(local_path(source)):
             raise FileNotFoundError(
                 f"Expected the path or the file, http or https URL of a video, got {video_url_or_urls!r}."
             )
-        try:
-            if is_remote:
-                file = BytesIO(httpx.get(source, follow_redirects=True).raise_for_status().content)
+        with errors_of(video_url_or_urls):
+            if is_remote(source):
+                with urlopen(source, timeout=60) as response:
+                    file = BytesIO(response.read())
             else:
-                file = open(source, "rb")
+                file = open(local_path(source), "rb")
             with file:
                 return read_video(file, sample_indices_fn)
-        except (av.FFmpegError, httpx.HTTPError, httpx.InvalidURL, MemoryError, OSError, ValueError) as error:
-            raise ValueError(f"Could not read {video_url_or_urls!r} as a video: {error}") from error
 
     def _decode_and_sample_videos(self, videos, video_metadata, do_sample_frames=None, sample_indices_fn=None):
         videos = flatten_videos(normalize_videos(videos))
