@@ -36,7 +36,11 @@ def load(path, device):
 
 def encode(model, processor, video):
     """Everything that the model needs of a video (a path, an URL, or frames), before any question is known."""
-    return model.encode_video(**processor(videos=[video], return_tensors="pt"))
+    cache = None
+    # Decoded and encoded a segment at a time: whatever the length, only the cache grows.
+    for segment in processor.iter_video_segments(video):
+        cache = model.encode_video(**segment, past_key_values=cache)
+    return cache
 
 
 def answer(model, processor, cache, question, max_new_tokens=128):

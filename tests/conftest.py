@@ -18,6 +18,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from tiny_vamba import level_of_frame
 from tokenizers import ByteLevelBPETokenizer
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor
 
@@ -62,11 +63,6 @@ TOKENIZER_TEXT = [
     "system user assistant",
     "What happens in the video? Describe the image. Which colour moved first?",
 ]
-
-
-def level_of_frame(index: int) -> int:
-    """Grey level of frame `index` of the test videos: it tells the frame apart in spite of lossy coding."""
-    return 16 + 4 * (index % 50)
 
 
 @pytest.fixture(scope="session")

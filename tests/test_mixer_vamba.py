@@ -13,40 +13,13 @@
 # limitations under the License.
 """The Mamba-2 mixer against a recurrence in float64, one token after the other."""
 
-import copy
-
 import pytest
 import torch
+from reference_vamba import reference_mixer
 from tiny_vamba import tiny_config
-from torch.nn.functional import conv1d, pad, silu, softplus
 
 from transformers_vamba import VambaTextConfig
 from transformers_vamba.mixer_vamba import VambaVisionMixer, split_into_stretches
-
-
-def reference_mixer(block: VambaVisionMixer, video_states: torch.Tensor) -> torch.Tensor:
-    """`v + mixer(norm(v))` of one sequence `(num_tokens, hidden_size)`, by the definition of Mamba-2, in float64."""
-    block = copy.deepcopy(block).cpu().double()
-    mixer, residual = block.mixer, video_states.cpu().double()
-    normed = residual * torch.rsqrt(residual.pow(2).mean(-1, keepdim=True) + 1e-5) * block.norm.weight
-    gate, conv_inputs, dt = mixer.in_proj(normed).split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], -1)
-    conv_inputs = pad(conv_inputs.T, (mixer.conv_kernel_size - 1, 0))
-    mixed = silu(conv1d(conv_inputs, mixer.conv1d.weight, mixer.conv1d.bias, groups=mixer.conv_dim)).T
-    groups_size = mixer.n_groups * mixer.state_size
-    x, B, C = mixed.split([mixer.intermediate_size, groups_size, groups_size], -1)
-    x = x.unflatten(-1, (mixer.num_heads, mixer.head_dim))
-    heads_per_group = mixer.num_heads // mixer.n_groups
-    B, C = (y.unflatten(-1, (mixer.n_groups, -1)).repeat_interleave(heads_per_group, 1) for y in (B, C))
-    dt, A = softplus(dt + mixer.dt_bias), -mixer.A_log.exp()
-
-    state = torch.zeros(mixer.num_heads, mixer.head_dim, mixer.state_size, dtype=torch.float64)
-    outputs = []
-    for t in range(len(x)):
-        state = state * (dt[t] * A).exp()[:, None, None] + torch.einsum("h,hp,hn->hpn", dt[t], x[t], B[t])
-        outputs.append(torch.einsum("hpn,hn->hp", state, C[t]) + mixer.D[:, None] * x[t])
-    y = (torch.stack(outputs).flatten(1) * silu(gate)).unflatten(-1, (mixer.n_groups, -1))
-    y = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)).flatten(-2) * mixer.norm.weight
-    return residual + mixer.out_proj(y)
 
 
 def make_block(device="cpu", dtype=torch.float32, **text_config) -> VambaVisionMixer:

@@ -11,8 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import io
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import ask_video  # noqa: E402
 import demo  # noqa: E402
+import stream_video  # noqa: E402
 import train_tiny  # noqa: E402
 from ask_video import TINY_MODEL, answer, encode, load  # noqa: E402
 from synthetic_videos import STORIES, pack_videos, render_frames, sample_video, write_mp4  # noqa: E402
@@ -102,6 +105,25 @@ def test_ask_video_prints_each_answer(video_file, monkeypatch, capsys):
     ask_video.main()
     printed = capsys.readouterr().out
     assert all(f"Question: {question}\nAnswer:   " in printed for question in questions)
+
+
+def test_stream_is_answered_while_it_plays(tiny, video_file, monkeypatch, capsys):
+    video, path = video_file([82, 0], 36, "sequence")
+    question = next(question.text for question in video.questions if question.kind == "order")
+    expected = answer(*tiny, encode(*tiny, path), question)
+    start = time.perf_counter()
+    seconds, replies, _ = zip(*stream_video.watch(*tiny, path, question, fps=2.0, every=4.0, speed=18.0))
+    assert time.perf_counter() - start > 1.0
+    assert seconds == (4.0, 8.0, 12.0, 16.0, 18.0)
+    assert replies[-1] == expected != replies[0]
+
+    monkeypatch.setattr(sys, "argv", ["stream_video.py", "-", question, "--every", "8", "--device", "cpu"])
+    with open(path, "rb") as file:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+        stream_video.main()
+    printed = capsys.readouterr().out
+    assert f" 8.0 s: {replies[1]} " in printed
+    assert f" 18.0 s: {expected} " in printed
 
 
 def test_demo_prints_what_is_in_the_videos(capsys):

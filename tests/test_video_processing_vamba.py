@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import level_of_frame
 from PIL import Image
+from tiny_vamba import level_of_frame
 from transformers import AutoVideoProcessor, Qwen2VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A tiny Vamba with random weights, and random images and videos for it."""
+"""A tiny Vamba with random weights, random images and videos for it, and what is in the video files."""
 
 import torch
 
@@ -73,3 +73,8 @@ def make_media(kind: str, *grids: tuple[int, int, int], seed: int = 0) -> dict[s
 
 def make_text(batch_size: int = 1, length: int = 12, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, 100, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+
+
+def level_of_frame(index: int) -> int:
+    """Grey level of frame `index` of the test videos: it tells the frame apart in spite of lossy coding."""
+    return 16 + 4 * (index % 50)

@@ -1,0 +1,408 @@
+# Copyright 2026 The transformers-vamba team
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Time and memory of asking about long videos: Vamba-7B's shapes against Qwen2-VL-7B's and Qwen3-VL-8B's.
+
+    python examples/benchmarks/inference.py --frames 64,256,1024,2048,3600,10800 --minutes 20 --output results
+
+Weights and pixels are random; the shapes, 640x360 frames and 66 tokens of text, are real. `inference.md`, `.json` and
+`.png` in the output folder are written anew after every measurement. On a CPU the models are tiny, and the figures say
+nothing but that the program runs.
+
+Vamba's pixel values lie in pinned host memory, from where `encode_video` fetches a segment at a time. The baselines
+take theirs at once, on the GPU, in bfloat16, and these count in their peak. Making pixels, loading, and a first run
+that tunes the kernels are not timed.
+"""
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import json
+import math
+import platform
+import statistics
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import is_flash_attn_2_available
+
+from transformers_vamba import VambaCache, VambaConfig
+
+
+NUM_TEXT_TOKENS = 66
+NUM_NEW_TOKENS = 33  # the first and 32 more
+NUM_QUESTIONS = 16
+NAMES = {"vamba": "Vamba-7B", "qwen2-vl": "Qwen2-VL-7B", "qwen3-vl": "Qwen3-VL-8B"}
+
+QWEN2_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+QWEN2_7B |= {"num_key_value_heads": 4, "vocab_size": 152064, "rms_norm_eps": 1e-6}
+QWEN3_8B = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
+QWEN3_8B |= {"num_key_value_heads": 8, "vocab_size": 151936, "head_dim": 128, "max_position_embeddings": 262144}
+TINY_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY_TEXT |= {"num_key_value_heads": 2, "vocab_size": 1100}
+TINY_TOKENS = {"image_token_id": 1001, "video_token_id": 1002}
+TINY_TOKENS |= {"vision_start_token_id": 1003, "vision_end_token_id": 1004}
+TINY_TOWER = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 2}
+
+
+def make_config(name: str, tiny: bool):
+    """The model's configuration, and the patches of a 640x360 frame (height and width)."""
+    if name == "vamba":
+        mixer = {"mamba_d_state": 16, "mamba_d_head": 16}
+        config = VambaConfig(text_config=TINY_TEXT | mixer, vision_config=TINY_TOWER, **TINY_TOKENS)
+        return (config, (4, 6)) if tiny else (VambaConfig(), (26, 46))
+    if name == "qwen2-vl":
+        head_dim = 16 if tiny else 128
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [head_dim // 8] + [3 * head_dim // 16] * 2}
+        text = (TINY_TEXT if tiny else QWEN2_7B) | {"rope_parameters": rope}
+        sections = {"text_config": text} | ({"vision_config": TINY_TOWER, **TINY_TOKENS} if tiny else {})
+        return AutoConfig.for_model("qwen2_vl", **sections), (4, 6) if tiny else (26, 46)
+    sections = [2, 3, 3] if tiny else [24, 20, 20]
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": sections, "mrope_interleaved": True}
+    if not tiny:
+        vision = {"out_hidden_size": 4096}
+        text = QWEN3_8B | {"rope_parameters": rope}
+        return AutoConfig.for_model("qwen3_vl", text_config=text, vision_config=vision), (22, 40)
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    text = TINY_TEXT | {"head_dim": 16, "rope_parameters": rope}
+    return AutoConfig.for_model("qwen3_vl", text_config=text, vision_config=vision, **TINY_TOKENS), (4, 6)
+
+
+def load(config, attn_implementation: str, device: torch.device):
+    """The model with its own random initialisation, drawn on the device in bfloat16 (on a CPU in float32)."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with device:
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    model.generation_config.eos_token_id = None  # every answer has the same length
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def make_pixels(model, num_frames: int, patches: tuple[int, int], pixels_device: str) -> dict[str, torch.Tensor]:
+    """Random pixel values of a video, drawn on the model's device and kept in (pinned) host memory or there."""
+    vision_config = model.config.vision_config
+    grid = torch.tensor([[num_frames // vision_config.temporal_patch_size, *patches]])
+    patch_dim = vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
+    pinned = pixels_device == "cpu" and model.device.type == "cuda"
+    pixels = torch.empty(
+        int(grid.prod()), patch_dim, dtype=model.dtype, device=torch.device(pixels_device), pin_memory=pinned
+    )
+    for piece in pixels.split(2**16):
+        piece.copy_(torch.randn(piece.shape, dtype=model.dtype, device=model.device))
+    return {"pixel_values_videos": pixels, "video_grid_thw": grid}
+
+
+def make_text(model, batch_size: int = 1) -> torch.Tensor:
+    return torch.randint(0, 1000, (batch_size, NUM_TEXT_TOKENS), device=model.device)
+
+
+def make_prompt(model, grid: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The text, and a baseline's placeholders of the video in its middle: in one run, or one for each two frames."""
+    config = model.config
+    num_steps, height, width = grid[0].tolist()
+    num_tokens = height * width // config.vision_config.spatial_merge_size**2
+    runs, length = (num_steps, num_tokens) if config.model_type == "qwen3_vl" else (1, num_steps * num_tokens)
+    run = [config.vision_start_token_id, *[config.video_token_id] * length, config.vision_end_token_id]
+    before, after = make_text(model)[0].split([NUM_TEXT_TOKENS // 2, NUM_TEXT_TOKENS - NUM_TEXT_TOKENS // 2])
+    input_ids = torch.cat([before, torch.tensor(run * runs, device=model.device), after])[None]
+    return {"input_ids": input_ids, "mm_token_type_ids": (input_ids == config.video_token_id).int() * 2}
+
+
+class TokenTimes(BaseStreamer):
+    """When the prompt and each token came by."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, value):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+def generate(model, input_ids: torch.Tensor, num_new_tokens: int = NUM_NEW_TOKENS, **inputs) -> list[float]:
+    """Seconds from the call to each new token."""
+    synchronize(model)
+    streamer, start = TokenTimes(), time.perf_counter()
+    inputs |= {"attention_mask": torch.ones_like(input_ids), "do_sample": False, "streamer": streamer}
+    model.generate(input_ids=input_ids, max_new_tokens=num_new_tokens, **inputs)
+    return [token_time - start for token_time in streamer.times[1:]]
+
+
+def milliseconds_a_token(times: list[float]) -> float:
+    return 1e3 * statistics.median(after - before for before, after in zip(times, times[1:]))
+
+
+def synchronize(model):
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_gib(model) -> float | None:
+    return torch.cuda.max_memory_allocated() / 2**30 if model.device.type == "cuda" else None
+
+
+def reset_peak(model):
+    gc.collect()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def encode(model, video: dict[str, torch.Tensor]) -> tuple[VambaCache, float]:
+    synchronize(model)
+    start = time.perf_counter()
+    cache = model.encode_video(**video)
+    synchronize(model)
+    return cache, time.perf_counter() - start
+
+
+def measure_vamba(model, num_frames: int, patches: tuple[int, int], row: dict) -> None:
+    """Fills the row: one question with the video, a further one, and many at once."""
+    # A whole segment and one of the last one's length tune every kernel.
+    warm_cache, _ = encode(model, make_pixels(model, min(num_frames, 64 + num_frames % 64), patches, "cpu"))
+    for batch_size in (1, NUM_QUESTIONS):
+        generate(model, make_text(model, batch_size), 3, past_key_values=warm_cache.fork())
+    del warm_cache
+    video = make_pixels(model, num_frames, patches, "cpu")
+
+    reset_peak(model)
+    cache, row["encode_s"] = encode(model, video)
+    times = generate(model, make_text(model), past_key_values=cache.fork())
+    row |= {"first_token_s": row["encode_s"] + times[0], "peak_gib": peak_gib(model)}
+    row["decode_ms"] = milliseconds_a_token(times)
+    row["video_tokens"] = cache.video_lengths[0]
+    layers = cache.videos[0]
+    row["cache_gib"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) / 2**30
+    last_states = (layers[-1].keys[..., -1, :], layers[-1].values[..., -1, :], layers[0].mixer_state.ssm)
+    if not all(state.isfinite().all() for state in last_states):
+        row["note"] = "not finite"
+
+    questions = [generate(model, make_text(model), n, past_key_values=cache.fork()) for n in (1, 1, NUM_NEW_TOKENS)]
+    row["further_question_s"] = statistics.median(times[0] for times in questions)
+    row["one_by_one_tokens_s"] = NUM_NEW_TOKENS / questions[-1][-1]
+    times = generate(model, make_text(model, NUM_QUESTIONS), past_key_values=cache.fork())
+    row["at_once_tokens_s"] = NUM_QUESTIONS * NUM_NEW_TOKENS / times[-1]
+    row["at_once_peak_gib"] = peak_gib(model)
+
+
+def measure_compiled(model, num_frames: int, patches: tuple[int, int], row: dict) -> None:
+    """Adds decoding by a compiled step, with a static cache for the text."""
+    cache, _ = encode(model, make_pixels(model, num_frames, patches, "cpu"))
+    for _ in range(2):  # the first call compiles and captures
+        times = generate(model, make_text(model), past_key_values=cache.fork(), cache_implementation="static")
+        row.setdefault("compile_s", times[-1])
+    row |= {"compiled_decode_ms": milliseconds_a_token(times), "compiled_peak_gib": peak_gib(model)}
+
+
+def measure_baseline(model, num_frames: int, patches: tuple[int, int], row: dict) -> None:
+    """Fills the row: one question with the video. A further one would bring the video again."""
+    for frames, num_new_tokens in ((min(num_frames, 64), 3), (num_frames, NUM_NEW_TOKENS)):
+        inputs = make_pixels(model, frames, patches, str(model.device))
+        inputs["video_grid_thw"] = inputs["video_grid_thw"].to(model.device)
+        inputs |= make_prompt(model, inputs["video_grid_thw"])
+        reset_peak(model)
+        times = generate(model, num_new_tokens=num_new_tokens, **inputs)
+    row |= {"first_token_s": times[0], "further_question_s": times[0], "peak_gib": peak_gib(model)}
+    row |= {"decode_ms": milliseconds_a_token(times), "one_by_one_tokens_s": NUM_NEW_TOKENS / times[-1]}
+    row["video_tokens"] = int(inputs["mm_token_type_ids"].count_nonzero())
+
+
+def profile(model, num_frames: int, patches: tuple[int, int]) -> str:
+    """The 25 kernels (on a CPU: operators) that take the most time in encoding `num_frames` frames."""
+    is_cuda = model.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if is_cuda else torch.profiler.ProfilerActivity.CPU
+    key = "self_device_time_total" if is_cuda else "self_cpu_time_total"
+    video = make_pixels(model, num_frames, patches, "cpu")
+    encode(model, video)
+    _, seconds = encode(model, video)
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profiler:
+        encode(model, video)
+    kernels = [(getattr(kernel, key) / 1e3, kernel.count, kernel.key) for kernel in profiler.key_averages()]
+    busy = sum(milliseconds for milliseconds, *_ in kernels)
+    lines = [f"Encoding {num_frames} frames: {1e3 * seconds:.0f} ms, of which in kernels {busy:.0f} ms"]
+    for milliseconds, count, kernel in sorted(kernels, reverse=True)[:25]:
+        lines.append(f"{milliseconds:9.1f} ms {milliseconds / busy:6.1%} {count:6d} x  {kernel[:90]}")
+    return "\n".join(lines) + "\n"
+
+
+COLUMNS = {
+    "frames": ("frames", "{:,}"),
+    "video_tokens": ("video tokens", "{:,}"),
+    "first_token_s": ("first token, s", "{:.2f}"),
+    "peak_gib": ("peak GiB", "{:.1f}"),
+    "cache_gib": ("of which cache", "{:.1f}"),
+    "decode_ms": ("a token, ms", "{:.1f}"),
+    "compiled_decode_ms": ("compiled, ms", "{:.1f}"),
+    "further_question_s": ("first token of a further question, s", "{:.3f}"),
+    "one_by_one_tokens_s": ("one question, tokens/s", "{:.0f}"),
+    "at_once_tokens_s": (f"{NUM_QUESTIONS} at once, tokens/s", "{:.0f}"),
+    "note": ("", "{}"),
+}
+
+
+def describe_machine(device: torch.device) -> str:
+    name = f"{platform.machine()} CPU, tiny shapes"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    versions = []
+    for package in ("torch", "transformers", "mamba-ssm", "causal-conv1d", "flash-attn"):
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return f"{name}; {', '.join(versions)}; {datetime.date.today()}"
+
+
+def write_results(folder: Path, machine: str, rows: list[dict]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "inference.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    lines = [machine, "", "| model | " + " | ".join(title for title, _ in COLUMNS.values()) + " |"]
+    lines += ["| --- " * (len(COLUMNS) + 1) + "|"]
+    for row in rows:
+        cells = ["–" if row.get(key) is None else form.format(row[key]) for key, (_, form) in COLUMNS.items()]
+        cells[-1] = row.get("note", "")
+        lines.append(f"| {NAMES[row['model']]}, {row['attention']} | " + " | ".join(cells) + " |")
+    (folder / "inference.md").write_text("\n".join(lines) + "\n")
+
+
+def plot_results(folder: Path, machine: str, rows: list[dict]) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed: no plot.")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    panels = (("first_token_s", "seconds to the first token"), ("peak_gib", "peak GPU memory, GiB"))
+    for axis, (key, title) in zip(axes, (*panels, ("decode_ms", "milliseconds a token after it"))):
+        for model, attention in dict.fromkeys((row["model"], row["attention"]) for row in rows):
+            own = [row for row in rows if (row["model"], row["attention"]) == (model, attention)]
+            points = [(row["frames"], row[key]) for row in own if row.get(key) is not None]
+            colour = f"C{list(NAMES).index(model)}"
+            style = "o-" if attention == "sdpa" else "s--"
+            axis.plot(*zip(*points) if points else ([], []), style, color=colour, label=f"{NAMES[model]}, {attention}")
+        frames = sorted({row["frames"] for row in rows})
+        axis.set_xscale("log", base=2)
+        axis.set_xlim(frames[0] / 1.2, frames[-1] * 1.2)
+        axis.set_xticks(frames, [f"{count:,}" for count in frames], fontsize=8)
+        axis.set_xlabel("frames of 640x360")
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+        if key != "first_token_s":
+            axis.set_ylim(bottom=0)
+        elif any(key in row for row in rows):
+            axis.set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(machine, fontsize=8)
+    figure.savefig(folder / "inference.png", dpi=120)
+    plt.close(figure)
+
+
+def attempt(measure, model, num_frames: int, patches: tuple[int, int], row: dict) -> None:
+    """Fills the row as far as memory goes: what fails is an entry of the table, not the end of it."""
+    start = time.perf_counter()
+    try:
+        measure(model, num_frames, patches, row)
+    except Exception as error:
+        traceback.print_exc()
+        message = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error).split("\n")[0][:120]
+        row["note"] = message
+    row["seconds"] = row.get("seconds", 0) + time.perf_counter() - start
+    reset_peak(model)
+    print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+
+
+def reason_to_skip(row: dict, earlier_rows: list[dict], seconds_left: float) -> str | None:
+    """Why a size is not run, if so: a smaller one has failed, or it would take more than half of the time left."""
+    if not earlier_rows:
+        return None
+    last = earlier_rows[-1]
+    if "first_token_s" not in last:
+        return f"fails at {last['frames']} frames"
+    # Vamba's time grows with the length, that of the others faster, up to its square.
+    growth = (row["frames"] / last["frames"]) ** (1 if row["model"] == "vamba" else 2)
+    expected = last["seconds"] + (growth - 1) * last["first_token_s"]
+    return f"not run: some {expected:.0f} s" if expected > seconds_left / 2 else None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", default=",".join(NAMES))
+    parser.add_argument("--frames", help="default: 64,256,1024,2048,3600,10800, and 8,16 on a CPU")
+    parser.add_argument("--compile-frames", help="sizes at which Vamba also decodes compiled; default: 1024 (0: none)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--attn", help="default: sdpa, and flash_attention_2 where it is installed")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="leave out what would take over half the rest")
+    parser.add_argument("--profile", type=int, metavar="N", help="print where the time goes when N frames are encoded")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    args = parser.parse_args(arguments)
+    deadline = time.perf_counter() + 60 * args.minutes
+    device = torch.device(args.device)
+    is_cuda = device.type == "cuda"
+    sizes = sorted(map(int, (args.frames or ("64,256,1024,2048,3600,10800" if is_cuda else "8,16")).split(",")))
+    compiled_sizes = set(map(int, (args.compile_frames or ("1024" if is_cuda else "8")).split(",")))
+    has_flash = is_cuda and is_flash_attn_2_available()
+    attentions = (args.attn or ("sdpa,flash_attention_2" if has_flash else "sdpa")).split(",")
+    machine, rows = describe_machine(device), []
+    torch.manual_seed(0)
+
+    for attention in attentions:
+        for name in args.models.split(","):
+            if time.perf_counter() > deadline:
+                continue
+            config, patches = make_config(name, tiny=not is_cuda)
+            if is_cuda:
+                torch.cuda.empty_cache()
+            model = load(config, attention, device)
+            is_vamba = name == "vamba"
+            own_rows = []
+            for num_frames in sizes:
+                row = {"model": name, "attention": attention, "frames": num_frames}
+                rows.append(row)
+                reason = reason_to_skip(row, own_rows, deadline - time.perf_counter())
+                if reason is not None:
+                    row["note"] = reason
+                    continue
+                own_rows.append(row)
+                attempt(measure_vamba if is_vamba else measure_baseline, model, num_frames, patches, row)
+                write_results(args.output, machine, rows)
+            if is_vamba and args.profile:
+                text = profile(model, args.profile, patches)
+                (args.output / f"profile_{attention}.txt").write_text(text)
+                print(text, flush=True)
+            for row in own_rows:
+                if is_vamba and row["frames"] in compiled_sizes and time.perf_counter() < deadline:
+                    attempt(measure_compiled, model, row["frames"], patches, row)
+            write_results(args.output, machine, rows)
+            plot_results(args.output, machine, rows)
+            torch.compiler.reset()  # compiled steps and captured graphs hold the model
+            del model
+            gc.collect()
+            if is_cuda and torch.cuda.memory_allocated() > 2**28:
+                print(f"{torch.cuda.memory_allocated() / 2**30:.1f} GiB are still held, and count in the next peaks.")
+    print((args.output / "inference.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

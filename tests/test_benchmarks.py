@@ -1,0 +1,63 @@
+# Copyright 2026 The transformers-vamba team
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The benchmarks run, with tiny models. How fast says nothing here."""
+
+import json
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
+
+import inference  # noqa: E402
+
+
+def test_every_model_and_size_has_its_figures(tmp_path, capsys):
+    inference.main(["--device", "cpu", "--frames", "4,10", "--compile-frames", "4", "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "inference.json").read_text())["rows"]
+    assert [(row["model"], row["frames"]) for row in rows] == [(name, n) for name in inference.NAMES for n in (4, 10)]
+    for row in rows:
+        assert "note" not in row
+        assert row["video_tokens"] == row["frames"] // 2 * 6
+        expected = {"first_token_s", "decode_ms", "further_question_s", "one_by_one_tokens_s"}
+        if row["model"] == "vamba":
+            expected |= {"at_once_tokens_s", "cache_gib"} | ({"compiled_decode_ms"} if row["frames"] == 4 else set())
+        assert all(row[name] > 0 for name in expected)
+    table = (tmp_path / "inference.md").read_text()
+    assert all(table.count(name) == 2 for name in inference.NAMES.values())
+    assert table in capsys.readouterr().out
+
+
+def test_a_failure_is_an_entry(tmp_path, monkeypatch):
+    def fail(model, num_frames, patches, row):
+        raise inference.torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(inference, "measure_baseline", fail)
+    inference.main(["--device", "cpu", "--models", "qwen2-vl", "--frames", "4,8", "--output", str(tmp_path)])
+    notes = [row["note"] for row in json.loads((tmp_path / "inference.json").read_text())["rows"]]
+    assert notes == ["out of memory", "fails at 4 frames"]
+
+
+def test_a_size_beyond_the_time_is_left_out():
+    done = {"model": "qwen2-vl", "frames": 64, "seconds": 3.0, "first_token_s": 1.0}
+    larger = {"model": "qwen2-vl", "frames": 256}
+    assert inference.reason_to_skip(larger, [], 0) is None
+    assert inference.reason_to_skip(larger, [done], 40) is None
+    assert inference.reason_to_skip(larger, [done], 30) == "not run: some 18 s"
+
+
+def test_the_profile_names_kernels(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--models", "vamba", "--frames", "4", "--profile", "4", "--output", str(tmp_path)]
+    inference.main(arguments)
+    assert "aten::" in (tmp_path / "profile_sdpa.txt").read_text()
