@@ -297,7 +297,7 @@ BAD_INPUTS = {
     "too few patches": (
         1,
         {**VIDEO, "pixel_values_videos": VIDEO["pixel_values_videos"][:-1]},
-        r"shape \(32, patch_dim\).*\(31, 1176\)",
+        r"shape \(32, 1176\).*\(31, 1176\)",
     ),
     "odd grid": (1, {**make_media("video", (2, 3, 4))}, r"\[2, 3, 4\].*multiples of the merge size 2"),
     "media for no row": (3, {**make_media("video", (1, 4, 4), (1, 4, 4))}, "describes 2 media for 3 rows"),

@@ -17,6 +17,9 @@ import math
 from collections.abc import Iterator
 
 import torch
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+
+from .checks_vamba import check_tensor
 
 
 # One image or video: pixel values of shape `(t * h * w, channels * temporal_patch_size * patch_size**2)`, and its grid
@@ -37,7 +40,7 @@ MEDIA_INPUTS = (
 
 def group_media_by_row(
     batch_size: int,
-    merge_size: int,
+    vision_config: Qwen2VLVisionConfig,
     pixel_values: torch.Tensor | None = None,
     image_grid_thw: torch.Tensor | None = None,
     image_sample_ids: torch.Tensor | None = None,
@@ -51,7 +54,7 @@ def group_media_by_row(
 
     Args:
         batch_size (`int`): Number of rows.
-        merge_size (`int`): Patches that the vision tower merges, along height and along width.
+        vision_config ([`Qwen2VLVisionConfig`]): Says how large a patch is, and how many are merged.
         pixel_values (`torch.Tensor` of shape `(num_patches, patch_dim)`, *optional*): Patches of all images.
         image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*): Grid of each image, in patches.
         image_sample_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*): The row of each image.
@@ -60,22 +63,24 @@ def group_media_by_row(
             1 where the prompt has an image, 2 where it has a video. Without it a row's images come before its videos.
 
     Raises:
+        TypeError: for an input that is no tensor, or one of another kind.
         ValueError: where the inputs contradict one another, naming both sides.
     """
     if mm_token_type_ids is not None:
+        check_tensor("mm_token_type_ids", mm_token_type_ids, False, (batch_size, "sequence_length"))
         image_sample_ids = _restore_rows(image_sample_ids, image_grid_thw, mm_token_type_ids == 1)
         video_sample_ids = _restore_rows(video_sample_ids, video_grid_thw, mm_token_type_ids == 2)
     images = _split_by_row(
         ("pixel_values", "image_grid_thw", "image_sample_ids"),
         (pixel_values, image_grid_thw, image_sample_ids),
         batch_size,
-        merge_size,
+        vision_config,
     )
     videos = _split_by_row(
         ("pixel_values_videos", "video_grid_thw", "video_sample_ids"),
         (pixel_values_videos, video_grid_thw, video_sample_ids),
         batch_size,
-        merge_size,
+        vision_config,
     )
     if mm_token_type_ids is None or not (any(images) or any(videos)):
         return [row_images + row_videos for row_images, row_videos in zip(images, videos)]
@@ -83,6 +88,10 @@ def group_media_by_row(
     media = []
     for row, types in enumerate(mm_token_type_ids.tolist()):
         types = [token_type for token_type in types if token_type]
+        if not set(types) <= {1, 2}:
+            raise ValueError(
+                f"`mm_token_type_ids` must be 0 for text, 1 for an image or 2 for a video, got {sorted(set(types))}."
+            )
         counts = types.count(1), types.count(2)
         if types and counts != (len(images[row]), len(videos[row])):
             raise ValueError(
@@ -108,19 +117,23 @@ def _split_by_row(
     names: tuple[str, str, str],
     tensors: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
     batch_size: int,
-    merge_size: int,
+    vision_config: Qwen2VLVisionConfig,
 ) -> list[list[Medium]]:
     """The media of one kind, by row."""
     pixels_name, grid_name, ids_name = names
     pixel_values, grid_thw, sample_ids = tensors
     rows: list[list[Medium]] = [[] for _ in range(batch_size)]
     if pixel_values is None and grid_thw is None:
+        if sample_ids is not None:
+            raise ValueError(f"`{ids_name}` was given without `{grid_name}`; the two go together.")
         return rows
     if pixel_values is None or grid_thw is None:
         given, missing = (pixels_name, grid_name) if grid_thw is None else (grid_name, pixels_name)
         raise ValueError(f"`{given}` was given without `{missing}`; the two go together.")
-    if grid_thw.ndim != 2 or grid_thw.shape[1] != 3:
-        raise ValueError(f"`{grid_name}` must have shape (number of media, 3), got {tuple(grid_thw.shape)}.")
+    merge_size = vision_config.spatial_merge_size
+    patch_dim = vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
+    check_tensor(grid_name, grid_thw, False, ("number of media", 3))
+    check_tensor(pixels_name, pixel_values, True, ("num_patches", patch_dim))
     grids = [tuple(grid) for grid in grid_thw.tolist()]
     for grid in grids:
         if min(grid) < 1 or grid[1] % merge_size or grid[2] % merge_size:
@@ -129,13 +142,14 @@ def _split_by_row(
                 f"and width multiples of the merge size {merge_size}."
             )
     num_patches = [math.prod(grid) for grid in grids]
-    if pixel_values.ndim != 2 or pixel_values.shape[0] != sum(num_patches):
+    if pixel_values.shape[0] != sum(num_patches):
         raise ValueError(
-            f"`{pixels_name}` must have shape ({sum(num_patches)}, patch_dim) to match `{grid_name}`, got "
+            f"`{pixels_name}` must have shape ({sum(num_patches)}, {patch_dim}) to match `{grid_name}`, got "
             f"{tuple(pixel_values.shape)}."
         )
 
     if sample_ids is not None:
+        check_tensor(ids_name, sample_ids, False, ("number of media",))
         sample_ids = sample_ids.tolist()
         if len(sample_ids) != len(grids):
             raise ValueError(f"`{ids_name}` has {len(sample_ids)} entries for the {len(grids)} of `{grid_name}`.")

@@ -57,6 +57,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_vamba import VambaCache, VambaVideoLayer
+from .checks_vamba import check_tensor
 from .configuration_vamba import VambaConfig, VambaTextConfig
 from .media_vamba import MEDIA_INPUTS, Medium, group_media_by_row, split_into_segments
 from .mixer_vamba import VambaMixer, VambaVisionMixer
@@ -65,6 +66,8 @@ from .vision_vamba import VambaVisionModel
 
 logger = logging.get_logger(__name__)
 
+
+MAX_ROWS = 2**16  # of a cache that is filled before any text comes: a larger row number is a mistake
 
 # In order of preference.
 SDPA_BACKENDS = [
@@ -503,6 +506,7 @@ class VambaModel(VambaPreTrainedModel):
         """See [`VambaForConditionalGeneration.forward`]."""
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        self._check_text(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if use_cache is None:
@@ -513,7 +517,7 @@ class VambaModel(VambaPreTrainedModel):
 
         media = group_media_by_row(
             inputs_embeds.shape[0],
-            self.config.vision_config.spatial_merge_size,
+            self.config.vision_config,
             pixel_values=pixel_values,
             image_grid_thw=image_grid_thw,
             image_sample_ids=image_sample_ids,
@@ -529,8 +533,8 @@ class VambaModel(VambaPreTrainedModel):
                 if not isinstance(past_key_values, VambaCache):
                     past_key_values = VambaCache(self.config, past_key_values)
                 self.encode_media(media, past_key_values)
-        elif self.training and input_ids is not None and past_key_values is None:
-            self._refuse_absent_media(input_ids)
+        elif past_key_values is None:
+            self._refuse_absent_media(input_ids, mm_token_type_ids)
 
         return self.language_model(
             attention_mask=attention_mask,
@@ -541,15 +545,54 @@ class VambaModel(VambaPreTrainedModel):
             **kwargs,
         )
 
-    def _refuse_absent_media(self, input_ids: torch.Tensor) -> None:
-        """Raises where the text has places for images or videos that did not come with it: some trainers drop them."""
-        starts, ends = self.config.vision_start_token_id, self.config.vision_end_token_id
-        num_places = int(((input_ids[:, :-1] == starts) & (input_ids[:, 1:] == ends)).sum())
+    def _check_text(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | dict | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> None:
+        """Checks types and shapes of the text's arguments."""
+        if input_ids is not None:
+            name, text = "input_ids", input_ids
+            check_tensor(name, text, False, ("batch_size", "sequence_length"))
+        else:
+            name, text = "inputs_embeds", inputs_embeds
+            check_tensor(name, text, True, ("batch_size", "sequence_length", self.config.text_config.hidden_size))
+        batch_size, sequence_length = text.shape[:2]
+        if batch_size == 0 or sequence_length == 0:
+            raise ValueError(f"`{name}` must not be empty, got shape {tuple(text.shape)}.")
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            raise TypeError(f"`past_key_values` must be a Cache, got {type(past_key_values).__name__}.")
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim != 4:  # 4: prepared before
+            length = attention_mask.shape[-1] if attention_mask.ndim else 0
+            is_long_enough = length == sequence_length if past_key_values is None else length >= sequence_length
+            if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size or not is_long_enough:
+                raise ValueError(
+                    f"`attention_mask` must have shape ({batch_size}, past length + {sequence_length}), got "
+                    f"{tuple(attention_mask.shape)}."
+                )
+        if position_ids is not None:
+            rows = 1 if isinstance(position_ids, torch.Tensor) and 1 in position_ids.shape[-2:-1] else batch_size
+            shape = (rows, sequence_length)
+            if isinstance(position_ids, torch.Tensor) and position_ids.ndim == 3:
+                shape = ("axes", *shape)
+            check_tensor("position_ids", position_ids, False, shape)
+
+    def _refuse_absent_media(self, input_ids: torch.Tensor | None, mm_token_type_ids: torch.Tensor | None) -> None:
+        """Raises where the prompt has images or videos that did not come with it: some trainers drop them."""
+        num_places = 0
+        if mm_token_type_ids is not None:
+            num_places = int(mm_token_type_ids.count_nonzero())
+        elif self.training and input_ids is not None:
+            starts, ends = self.config.vision_start_token_id, self.config.vision_end_token_id
+            num_places = int(((input_ids[:, :-1] == starts) & (input_ids[:, 1:] == ends)).sum())
         if num_places:
             raise ValueError(
-                f"The text has places for {num_places} images or videos (`<|vision_start|><|vision_end|>`), but none "
-                "are given. Check that the data collator returns the processor's `pixel_values` or "
-                "`pixel_values_videos`, and that the trainer passes them on."
+                f"The text has places for {num_places} images or videos (`<|vision_start|><|vision_end|>` or "
+                "`mm_token_type_ids`), but none are given. Check that the data collator returns the processor's "
+                "`pixel_values` or `pixel_values_videos`, and that the trainer passes them on."
             )
 
     def _video_stream(self, media: list[list[Medium]]) -> dict:
@@ -655,14 +698,19 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: where patches, grids and rows do not match.
         """
-        if segment_frames < 1:
-            raise ValueError(f"`segment_frames` must be at least 1, got {segment_frames}.")
+        if not isinstance(segment_frames, int) or segment_frames < 1:
+            raise ValueError(f"`segment_frames` must be an integer of at least 1, got {segment_frames!r}.")
+        if past_key_values is not None and not isinstance(past_key_values, VambaCache):
+            raise TypeError(f"`past_key_values` must be a VambaCache, got {type(past_key_values).__name__}.")
         cache = VambaCache(self.config) if past_key_values is None else past_key_values
         rows_read = cache.rows
-        num_rows = 1 if video_sample_ids is None else int(video_sample_ids.max()) + 1
+        num_rows = 1
+        if video_sample_ids is not None:
+            check_tensor("video_sample_ids", video_sample_ids, False, ("number of videos",))
+            num_rows = min(max([0, *video_sample_ids.tolist()]) + 1, MAX_ROWS)
         media = group_media_by_row(
             num_rows if rows_read is None else len(rows_read),
-            self.config.vision_config.spatial_merge_size,
+            self.config.vision_config,
             pixel_values_videos=pixel_values_videos,
             video_grid_thw=video_grid_thw,
             video_sample_ids=video_sample_ids,
@@ -760,11 +808,16 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
             video_sample_ids=video_sample_ids,
             **kwargs,
         )
+        if isinstance(logits_to_keep, torch.Tensor):
+            check_tensor("logits_to_keep", logits_to_keep, False, ("number of positions",))
+        elif not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise ValueError(f"`logits_to_keep` must be at least 0 or a 1-D tensor, got {logits_to_keep!r}.")
         slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, slice_indices, :])
 
         loss = None
         if labels is not None:
+            check_tensor("labels", labels, False, tuple(logits.shape[:2]))
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
@@ -795,7 +848,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
         )
         media = group_media_by_row(
             batch_size,
-            self.config.vision_config.spatial_merge_size,
+            self.config.vision_config,
             **{name: model_kwargs.pop(name) for name in MEDIA_INPUTS if name in model_kwargs},
         )
         cache = model_kwargs.get("past_key_values")
