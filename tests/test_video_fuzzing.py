@@ -35,7 +35,7 @@ from test_video_processing_vamba import levels_of
 from tiny_vamba import level_of_frame
 
 from transformers_vamba import VambaVideoProcessor
-from transformers_vamba.video_processing_vamba import open_video
+from transformers_vamba.video_reading_vamba import open_video
 
 
 MEMORY = 2**30

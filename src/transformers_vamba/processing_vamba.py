@@ -25,7 +25,8 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.video_utils import VideoInput
 
-from .video_processing_vamba import VambaVideoProcessor, flatten_videos, normalize_videos
+from .video_processing_vamba import VambaVideoProcessor
+from .video_reading_vamba import flatten_videos, normalize_videos
 from .video_segments_vamba import iter_video_segments
 
 
@@ -69,7 +70,7 @@ class VambaProcessor(Qwen2VLProcessor):
                 The prompts, with a placeholder for each image and video. Without it, only the pixels are returned.
             videos (*optional*):
                 One video, a list of videos in the order of the placeholders, or a list of videos for each row. See
-                [`~video_processing_vamba.normalize_videos`] for the forms of a video.
+                [`~video_reading_vamba.normalize_videos`] for the forms of a video.
             **kwargs:
                 Arguments of the tokenizer, the image processor and the video processor. `padding_side` is `"left"`,
                 for generation, unless given here: the tokenizer's own is not read, as saving keeps the last one used.

@@ -33,8 +33,8 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.utils import requires_backends
 from transformers.video_utils import make_batched_metadata
 
-from .video_processing_vamba import (
-    VambaVideoProcessor,
+from .video_processing_vamba import VambaVideoProcessor
+from .video_reading_vamba import (
     count_frames,
     describe_stream,
     errors_of,
