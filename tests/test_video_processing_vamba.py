@@ -425,3 +425,12 @@ def test_rate_of_frames_with_metadata(video_processor):
 def test_count_and_rate_at_construction_are_refused():
     with pytest.raises(ValueError, match="mutually exclusive"):
         VambaVideoProcessor(num_frames=8, fps=1.0)
+
+
+def test_frame_files_are_not_sampled_again(video_processor, tmp_path):
+    paths = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for path in paths:
+        Image.new("RGB", (56, 56)).save(path)
+    assert video_processor([[paths]])["video_grid_thw"].tolist() == [[1, 4, 4]]
+    with pytest.raises(ValueError, match="Sampling frames from a list of images is not supported"):
+        video_processor([[paths]], do_sample_frames=True)

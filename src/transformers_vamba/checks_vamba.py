@@ -16,6 +16,12 @@
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 def check_tensor(name: str, value: Any, floating: bool, shape: tuple[int | str, ...]) -> None:
@@ -45,4 +51,62 @@ def check_tensor(name: str, value: Any, floating: bool, shape: tuple[int | str, 
         raise ValueError(f"`{name}` must have shape ({', '.join(map(str, shape))}), got {tuple(value.shape)}.")
 
 
-__all__ = ["check_tensor"]
+def check_text(
+    hidden_size: int,
+    input_ids: Any,
+    inputs_embeds: Any,
+    attention_mask: Any,
+    position_ids: Any,
+    past_key_values: Any,
+) -> None:
+    """Checks the types and shapes of the text's arguments of `forward`; `input_ids` or `inputs_embeds` is `None`."""
+    if input_ids is not None:
+        name, text = "input_ids", input_ids
+        check_tensor(name, text, False, ("batch_size", "sequence_length"))
+    else:
+        name, text = "inputs_embeds", inputs_embeds
+        check_tensor(name, text, True, ("batch_size", "sequence_length", hidden_size))
+    batch_size, sequence_length = text.shape[:2]
+    if batch_size == 0 or sequence_length == 0:
+        raise ValueError(f"`{name}` must not be empty, got shape {tuple(text.shape)}.")
+    if past_key_values is not None and not isinstance(past_key_values, Cache):
+        raise TypeError(f"`past_key_values` must be a Cache, got {type(past_key_values).__name__}.")
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim != 4:  # 4: prepared before
+        length = attention_mask.shape[-1] if attention_mask.ndim else 0
+        is_long_enough = length == sequence_length if past_key_values is None else length >= sequence_length
+        if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size or not is_long_enough:
+            raise ValueError(
+                f"`attention_mask` must have shape ({batch_size}, past length + {sequence_length}), got "
+                f"{tuple(attention_mask.shape)}."
+            )
+    if position_ids is not None:
+        axes = ("axes",) if getattr(position_ids, "ndim", 2) == 3 else ()
+        check_tensor("position_ids", position_ids, False, (*axes, "batch_size", sequence_length))
+        if position_ids.shape[-2] not in (1, batch_size):
+            raise ValueError(f"`position_ids` must be of 1 or {batch_size} rows, got {position_ids.shape[-2]}.")
+
+
+def check_no_media_expected(config: PreTrainedConfig, input_ids: Any, mm_token_type_ids: Any) -> None:
+    """
+    For a prompt that came without images or videos: a `ValueError` where its marks say that it has some. Where only
+    its text does, a warning, as text may be about these tokens; some trainers drop media without a word.
+
+    Args:
+        config ([`VambaConfig`]): Says which tokens stand around a medium.
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The text to look at.
+        mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The marks.
+    """
+    hint = (
+        "images or videos, but none are given. Check that the data collator returns the processor's `pixel_values` or "
+        "`pixel_values_videos`, and that the trainer passes them on."
+    )
+    if mm_token_type_ids is not None:
+        if num_places := int(mm_token_type_ids.count_nonzero()):
+            raise ValueError(f"The prompt has {num_places} places (`mm_token_type_ids`) for {hint}")
+    elif input_ids is not None:
+        starts = input_ids[:, :-1] == config.vision_start_token_id
+        if (starts & (input_ids[:, 1:] == config.vision_end_token_id)).any():
+            logger.warning_once(f"The text has places (`<|vision_start|><|vision_end|>`) for {hint}")
+
+
+__all__ = ["check_no_media_expected", "check_tensor", "check_text"]

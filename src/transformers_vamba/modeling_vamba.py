@@ -57,7 +57,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_vamba import VambaCache, VambaVideoLayer
-from .checks_vamba import check_tensor
+from .checks_vamba import check_no_media_expected, check_tensor, check_text
 from .configuration_vamba import VambaConfig, VambaTextConfig
 from .media_vamba import MEDIA_INPUTS, Medium, group_media_by_row, split_into_segments
 from .mixer_vamba import VambaMixer, VambaVisionMixer
@@ -506,7 +506,8 @@ class VambaModel(VambaPreTrainedModel):
         """See [`VambaForConditionalGeneration.forward`]."""
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        self._check_text(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+        hidden_size = self.config.text_config.hidden_size
+        check_text(hidden_size, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if use_cache is None:
@@ -534,7 +535,7 @@ class VambaModel(VambaPreTrainedModel):
                     past_key_values = VambaCache(self.config, past_key_values)
                 self.encode_media(media, past_key_values)
         elif past_key_values is None:
-            self._refuse_absent_media(input_ids, mm_token_type_ids)
+            check_no_media_expected(self.config, input_ids if self.training else None, mm_token_type_ids)
 
         return self.language_model(
             attention_mask=attention_mask,
@@ -544,56 +545,6 @@ class VambaModel(VambaPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-
-    def _check_text(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        attention_mask: torch.Tensor | dict | None,
-        position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
-    ) -> None:
-        """Checks types and shapes of the text's arguments."""
-        if input_ids is not None:
-            name, text = "input_ids", input_ids
-            check_tensor(name, text, False, ("batch_size", "sequence_length"))
-        else:
-            name, text = "inputs_embeds", inputs_embeds
-            check_tensor(name, text, True, ("batch_size", "sequence_length", self.config.text_config.hidden_size))
-        batch_size, sequence_length = text.shape[:2]
-        if batch_size == 0 or sequence_length == 0:
-            raise ValueError(f"`{name}` must not be empty, got shape {tuple(text.shape)}.")
-        if past_key_values is not None and not isinstance(past_key_values, Cache):
-            raise TypeError(f"`past_key_values` must be a Cache, got {type(past_key_values).__name__}.")
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim != 4:  # 4: prepared before
-            length = attention_mask.shape[-1] if attention_mask.ndim else 0
-            is_long_enough = length == sequence_length if past_key_values is None else length >= sequence_length
-            if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size or not is_long_enough:
-                raise ValueError(
-                    f"`attention_mask` must have shape ({batch_size}, past length + {sequence_length}), got "
-                    f"{tuple(attention_mask.shape)}."
-                )
-        if position_ids is not None:
-            rows = 1 if isinstance(position_ids, torch.Tensor) and 1 in position_ids.shape[-2:-1] else batch_size
-            shape = (rows, sequence_length)
-            if isinstance(position_ids, torch.Tensor) and position_ids.ndim == 3:
-                shape = ("axes", *shape)
-            check_tensor("position_ids", position_ids, False, shape)
-
-    def _refuse_absent_media(self, input_ids: torch.Tensor | None, mm_token_type_ids: torch.Tensor | None) -> None:
-        """Raises where the prompt has images or videos that did not come with it: some trainers drop them."""
-        num_places = 0
-        if mm_token_type_ids is not None:
-            num_places = int(mm_token_type_ids.count_nonzero())
-        elif self.training and input_ids is not None:
-            starts, ends = self.config.vision_start_token_id, self.config.vision_end_token_id
-            num_places = int(((input_ids[:, :-1] == starts) & (input_ids[:, 1:] == ends)).sum())
-        if num_places:
-            raise ValueError(
-                f"The text has places for {num_places} images or videos (`<|vision_start|><|vision_end|>` or "
-                "`mm_token_type_ids`), but none are given. Check that the data collator returns the processor's "
-                "`pixel_values` or `pixel_values_videos`, and that the trainer passes them on."
-            )
 
     def _video_stream(self, media: list[list[Medium]]) -> dict:
         """The videos of a batch one behind the other, for a pass through the decoder together with the text."""

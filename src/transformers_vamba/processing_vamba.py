@@ -26,7 +26,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpa
 from transformers.video_utils import VideoInput
 
 from .video_processing_vamba import VambaVideoProcessor
-from .video_reading_vamba import flatten_videos, normalize_videos
+from .video_reading_vamba import check_frame_files, flatten_videos, normalize_videos
 from .video_segments_vamba import iter_video_segments
 
 
@@ -102,6 +102,8 @@ class VambaProcessor(Qwen2VLProcessor):
         if text_kwargs:
             kwargs["text_kwargs"] = text_kwargs
         text = [text] if isinstance(text, str) else text
+        do_sample_frames = kwargs.get("do_sample_frames", kwargs.get("videos_kwargs", {}).get("do_sample_frames"))
+        check_frame_files(videos, do_sample_frames)
         outputs = super().__call__(
             images=images,
             text=text,

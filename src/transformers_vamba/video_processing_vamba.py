@@ -28,9 +28,9 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import make_batched_metadata
 
 from .video_reading_vamba import (
+    check_frame_files,
     errors_of,
     flatten_videos,
-    has_frame_files,
     is_remote,
     local_path,
     normalize_videos,
@@ -149,8 +149,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
             `ValueError`: for what cannot be read as a video, has no frames, or is sampled in a way that it does not
                 allow.
         """
-        if kwargs.get("do_sample_frames") and has_frame_files(videos):
-            raise ValueError("Sampling frames from a list of images is not supported! Set `do_sample_frames=False`.")
+        check_frame_files(videos, kwargs.get("do_sample_frames"))
         return super().preprocess(videos, **self._choose_sampling(kwargs))
 
     def sample_frames(

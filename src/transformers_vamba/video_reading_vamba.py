@@ -103,12 +103,14 @@ def normalize_videos(videos) -> list:
     ]
 
 
-def has_frame_files(videos) -> bool:
-    """Whether one of the videos that [`normalize_videos`] takes is a list of image files, sampled before."""
+def check_frame_files(videos, do_sample_frames: bool | None) -> None:
+    """Raises a `ValueError` where sampling is asked for of a list of image files: those have been sampled before."""
     rows = [row for row in videos if isinstance(row, (list, tuple))] if isinstance(videos, (list, tuple)) else []
-    return any(
+    has_frame_files = any(
         isinstance(video, (list, tuple)) and len(video) and isinstance(video[0], str) for row in rows for video in row
     )
+    if do_sample_frames and has_frame_files:
+        raise ValueError("Sampling frames from a list of images is not supported! Set `do_sample_frames=False`.")
 
 
 def flatten_videos(videos: list) -> list[str | np.ndarray | torch.Tensor]:

@@ -288,6 +288,7 @@ def read_ahead(items: Iterator, stop: threading.Event) -> Iterator:
     thread = threading.Thread(target=run, name="video-segments", daemon=True)
     thread.start()
     atexit.register(close)
+    unregister = atexit.unregister  # the module may be gone when a program ends
     try:
         while True:
             item, error = results.get()
@@ -299,7 +300,7 @@ def read_ahead(items: Iterator, stop: threading.Event) -> Iterator:
             yield item
     finally:
         close()
-        atexit.unregister(close)
+        unregister(close)
         items.close()
 
 

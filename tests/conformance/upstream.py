@@ -52,11 +52,17 @@ def unpack(archive: Path) -> Path:
         with tarfile.open(archive) as tar:
             members = [member for member in tar if member.name.startswith(f"{root.name}/tests/")]
             tar.extractall(CACHE, members, filter="data")
-    shutil.copytree(HERE / "stand_ins", root, dirs_exist_ok=True)
-    sources = root / "src" / "transformers"
-    sources.parent.mkdir(exist_ok=True)
-    sources.unlink(missing_ok=True)
-    sources.symlink_to(Path(transformers.__file__).parent)
+    # Another process may be importing what is there: only what differs is touched.
+    for source in (HERE / "stand_ins").rglob("*.*"):
+        path = root / source.relative_to(HERE / "stand_ins")
+        if not path.exists() or path.read_bytes() != source.read_bytes():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, path)
+    sources, installed = root / "src" / "transformers", Path(transformers.__file__).parent
+    if sources.resolve() != installed.resolve():
+        sources.parent.mkdir(exist_ok=True)
+        sources.unlink(missing_ok=True)
+        sources.symlink_to(installed)
 
     # `test_pipeline_mixin.py` imports one test class per pipeline task; those that have no stand-in are empty.
     mixin = (root / "tests" / "test_pipeline_mixin.py").read_text()
