@@ -27,7 +27,8 @@ from packaging.version import Version
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
-from transformers_vamba import checks_vamba  # importing the package registers Vamba with the Auto classes
+import transformers_vamba
+from transformers_vamba import checks_vamba
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
