@@ -196,6 +196,14 @@ def test_continue_from_a_given_cache(model):
     assert torch.equal(rest, whole)
 
 
+def test_no_cache_is_returned_unless_asked_for(model):
+    with torch.no_grad():
+        assert model(input_ids=make_text(), use_cache=False, **VIDEO).past_key_values is None
+        assert model(input_ids=make_text(), **VIDEO).past_key_values.video_lengths == [30]
+    assert model.train()(input_ids=make_text(), **VIDEO).past_key_values is None
+    model.eval()
+
+
 def test_media_join_the_row_of_a_cache(model):
     """Pixels given together with a cache go behind what the row has seen; a video that rows share stays as it is."""
     first, second = (make_media("video", (2, 4, 4), seed=seed) for seed in (1, 2))

@@ -424,15 +424,12 @@ class VambaTextModel(VambaPreTrainedModel):
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if use_cache else text_cache,
         )
 
 
 class VambaModel(VambaPreTrainedModel):
     """Vision tower and decoder."""
-
-    # Reference: fix gemma3 grad acc #37208
-    accepts_loss_kwargs = False
 
     def __init__(self, config: VambaConfig):
         super().__init__(config)
