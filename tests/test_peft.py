@@ -244,3 +244,11 @@ def test_prompt_tuned_model_generates(tuner, inputs):
     with torch.no_grad():
         expected = model(**whole).logits[:, 4 + 9 : -1].argmax(-1)
     assert tokens.shape == (2, 14) and torch.equal(tokens[:, 10:], expected)
+
+
+def test_prefix_tuning_does_not_lose_the_video_in_generation():
+    """PEFT puts a cache of its own, with the prefix, in the place of the one that holds the video."""
+    model = adapted_model("prefix tuning")
+    model.generate(**INPUTS["text"], max_new_tokens=2)
+    with pytest.raises(AttributeError, match="prefix tuning would replace the cache and lose its videos"):
+        model.generate(**INPUTS["video"], max_new_tokens=2)

@@ -162,6 +162,22 @@ class VambaCache(Cache):
         """The number of tokens of each video."""
         return [video[0].get_seq_length() for video in self.videos]
 
+    @property
+    def max_cache_len(self) -> int:
+        """
+        The most text that the cache holds, as `get_max_length`; asked by PEFT's prefix tuning alone, which then puts a
+        cache of its own in the place of this one.
+
+        Raises:
+            AttributeError: where there are videos, which would be lost.
+        """
+        if self.videos:
+            raise AttributeError(
+                "`generate` with prefix tuning would replace the cache and lose its videos. Use another adapter "
+                "(LoRA, prompt tuning), or generate about text alone."
+            )
+        return self.get_max_length()
+
     def add_video(self) -> int:
         """Makes room for one more video and returns its index in `videos`."""
         self.videos.append([VambaVideoLayer() for _ in range(self.config.num_hidden_layers)])

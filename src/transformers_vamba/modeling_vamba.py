@@ -121,7 +121,7 @@ class VambaCrossAttention(Qwen2VLAttention):
             query = query.reshape(keys.shape[0], -1, keys.shape[1], heads_per_key, self.head_dim).transpose(1, 2)
             folded_query = query.flatten(2, 3)
             # Of PyTorch's kernels only flash cuts a long video up when few queries read it, and keeps the device busy.
-            few_queries = folded_query.shape[2] <= 512
+            few_queries = folded_query.shape[2] <= 2048
             with sdpa_kernel(SDPA_BACKENDS, set_priority=True) if few_queries else contextlib.nullcontext():
                 attn_output, _ = attention_interface(
                     self,
