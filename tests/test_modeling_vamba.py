@@ -233,6 +233,27 @@ def test_auto_classes(tmp_path, model):
         torch.testing.assert_close(reloaded(**make_row(3)).logits, model(**make_row(3)).logits)
 
 
+@pytest.mark.parametrize("offloaded", ("decoder", "vision tower", "everything"))
+def test_offload_to_disk(offloaded, model, tmp_path):
+    """Weights that Accelerate brings in as they are needed, those that are read past their module's forward included."""
+    model.save_pretrained(tmp_path)
+    parts = ["model.visual", "lm_head"]
+    parts += [
+        f"model.language_model.{part}"
+        for part in ("embed_tokens", "norm", "rotary_emb", *map("layers.{}".format, range(3)))
+    ]
+    kept = {"decoder": parts[:2], "vision tower": parts[1:], "everything": parts[3:4]}[offloaded]
+    device_map = {part: "cpu" if part in kept else "disk" for part in parts}
+    moved = VambaForConditionalGeneration.from_pretrained(
+        tmp_path, device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert any(parameter.device.type == "meta" for parameter in moved.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(moved(**make_row(3)).logits, model(**make_row(3)).logits)
+    kwargs = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(moved.generate(**make_row(2), **kwargs), model.generate(**make_row(2), **kwargs))
+
+
 @pytest.mark.parametrize("on_meta", (False, True))
 def test_initialisation(on_meta, tmp_path):
     """Every parameter as it should start, also when the model was created without memory."""

@@ -428,6 +428,15 @@ class VambaTextModel(VambaPreTrainedModel):
         )
 
 
+def execution_device(model: VambaPreTrainedModel) -> torch.device:
+    """The device on which a model computes: that of its parameters, or where Accelerate takes them from offload."""
+    if model.device.type != "meta":
+        return model.device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), "meta"))
+
+
 class VambaModel(VambaPreTrainedModel):
     """Vision tower and decoder."""
 
@@ -442,8 +451,9 @@ class VambaModel(VambaPreTrainedModel):
 
     def embed_media(self, media: list[Medium]) -> torch.Tensor:
         """The vision tower's output, `(1, num_tokens, hidden_size)`, for images and videos in order."""
+        device = execution_device(self.visual)
         # To the device first: a copy from pinned memory does not wait, and the conversion is quicker there.
-        pixel_values = [pixels.to(self.visual.device, non_blocking=True) for pixels, _ in media]
+        pixel_values = [pixels.to(device, non_blocking=True) for pixels, _ in media]
         pixel_values = pixel_values[0] if len(media) == 1 else torch.cat(pixel_values)
         # The tower sees single frames: media of one size that follow one another might as well be one.
         grids = [
@@ -452,10 +462,10 @@ class VambaModel(VambaPreTrainedModel):
         ]
         embeds = self.visual(
             pixel_values.to(self.visual.dtype),
-            grid_thw=torch.tensor(grids, device=self.visual.device),
+            grid_thw=torch.tensor(grids, device=device),
             frame_length=math.prod(grids[0][1:]) if len(grids) == 1 else None,
         ).pooler_output
-        return embeds.to(self.language_model.device, self.language_model.dtype)[None]
+        return embeds.to(execution_device(self.language_model), self.language_model.dtype)[None]
 
     def encode_media(self, media: list[list[Medium]], cache: VambaCache, segment_frames: int = 64) -> None:
         """
