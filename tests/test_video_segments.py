@@ -444,3 +444,10 @@ def test_hour_of_video_is_asked_in_bounded_memory(write_video):
     assert outputs["num_segments"] == 57 and outputs["reply"]
     assert outputs["segments"] < MAX_GROWTH_OF_SEGMENTS
     assert outputs["asking"] < MAX_GROWTH_OF_ASKING
+
+
+def test_absurd_number_of_frames(video_processor, video_file, monkeypatch):
+    """A damaged header may state billions of frames: no list of them is made."""
+    monkeypatch.setattr(video_segments_vamba, "count_frames", lambda file: (3, 2**40))
+    with pytest.raises(ValueError, match=r"video\.mp4.*only 3 of its 1099511627779 frames"):
+        next(video_segments_vamba.iter_video_segments(video_processor, video_file))

@@ -49,6 +49,8 @@ from .video_reading_vamba import (
 )
 
 
+# More frames than any file has, 155 hours at 60 a second: a file that states more, and lacks them, is damaged.
+MOST_FRAMES = 2**25
 # Segments that are ready or in the making while the reader is busy with one.
 SEGMENTS_AHEAD = 2
 
@@ -159,8 +161,10 @@ def sample_file(video_processor: VambaVideoProcessor, file: BinaryIO, sampling_k
         return Sampling(lambda frames, stream: sample_live(frames, stream, sampling_kwargs["fps"]))
 
     found, missing = count_frames(file)
+    if missing and (not found or found + missing > MOST_FRAMES):
+        raise truncation_error(found, missing)
     if not found:
-        raise truncation_error(found, missing) if missing else ValueError("the video has no frames")
+        raise ValueError("the video has no frames")
     indices = np.arange(found + missing)
     if do_sample_frames:
         with open_video(file) as container:
