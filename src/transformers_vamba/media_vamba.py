@@ -38,6 +38,16 @@ MEDIA_INPUTS = (
 )
 
 
+def pop_media(model_kwargs: dict) -> dict:
+    """Takes the inputs that describe images and videos out of the arguments of `generate`."""
+    return {name: model_kwargs.pop(name) for name in MEDIA_INPUTS if name in model_kwargs}
+
+
+def count_tokens(media: list[Medium], merge_size: int) -> int:
+    """The number of tokens that the vision tower makes of images and videos."""
+    return sum(math.prod(grid) for _, grid in media) // merge_size**2
+
+
 def group_media_by_row(
     batch_size: int,
     vision_config: Qwen2VLVisionConfig,

@@ -59,7 +59,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .cache_vamba import VambaCache, VambaVideoLayer
 from .checks_vamba import check_no_media_expected, check_tensor, check_text
 from .configuration_vamba import VambaConfig, VambaTextConfig
-from .media_vamba import MEDIA_INPUTS, Medium, group_media_by_row, split_into_segments
+from .media_vamba import Medium, count_tokens, group_media_by_row, pop_media, split_into_segments
 from .mixer_vamba import VambaMixer, VambaVisionMixer
 from .vision_vamba import VambaVisionModel
 
@@ -486,7 +486,7 @@ class VambaModel(VambaPreTrainedModel):
                     "a shared video with `encode_video`, before the batch of questions."
                 )
             video = cache.videos[rows[row]]
-            num_tokens = sum(math.prod(grid) for _, grid in row_media) // vision_config.spatial_merge_size**2
+            num_tokens = count_tokens(row_media, vision_config.spatial_merge_size)
             for layer_cache in video:
                 layer_cache.reserve(num_tokens)
             for segment in split_into_segments(row_media, max(1, segment_frames // vision_config.temporal_patch_size)):
@@ -555,12 +555,11 @@ class VambaModel(VambaPreTrainedModel):
 
     def _video_stream(self, media: list[list[Medium]]) -> dict:
         """The videos of a batch one behind the other, for a pass through the decoder together with the text."""
-        merged_patches = self.config.vision_config.spatial_merge_size**2
         rows, lengths = [], []
         for row_media in media:
             rows.append(len(lengths) if row_media else None)
             if row_media:
-                lengths.append(sum(math.prod(grid) for _, grid in row_media) // merged_patches)
+                lengths.append(count_tokens(row_media, self.config.vision_config.spatial_merge_size))
         return {
             "video_states": self.embed_media(list(itertools.chain(*media))),
             "video_lengths": lengths,
@@ -789,7 +788,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
 
     def _expand_inputs_for_generation(self, *args, **model_kwargs):
         # Beams and samples share their images and videos, which go into the cache before anything is repeated.
-        media = {name: model_kwargs.pop(name) for name in MEDIA_INPUTS if name in model_kwargs}
+        media = pop_media(model_kwargs)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(*args, **model_kwargs)
         return input_ids, model_kwargs | media
 
@@ -804,11 +803,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        media = group_media_by_row(
-            batch_size,
-            self.config.vision_config,
-            **{name: model_kwargs.pop(name) for name in MEDIA_INPUTS if name in model_kwargs},
-        )
+        media = group_media_by_row(batch_size, self.config.vision_config, **pop_media(model_kwargs))
         cache = model_kwargs.get("past_key_values")
         if cache is None and not any(media):
             return

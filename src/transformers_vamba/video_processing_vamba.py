@@ -28,6 +28,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import make_batched_metadata
 
 from .video_reading_vamba import (
+    absence_error,
     check_frame_files,
     errors_of,
     flatten_videos,
@@ -109,13 +110,13 @@ class VambaVideoProcessor(BaseVideoProcessor):
     patchify = Qwen2VLVideoProcessor.patchify
 
     def __init__(self, **kwargs: Unpack[VambaVideoProcessorKwargs]):
-        kwargs = self._choose_sampling(kwargs)
+        kwargs = self.choose_sampling(kwargs)
         super().__init__(**kwargs)
         if kwargs.get("fps") is not None:
             self.num_frames = None
 
     @staticmethod
-    def _choose_sampling(kwargs: dict) -> dict:
+    def choose_sampling(kwargs: dict) -> dict:
         """Returns `kwargs` with `num_frames` set to `None` where `fps` is given, and the other way round."""
         given = [name for name in ("num_frames", "fps") if kwargs.get(name) is not None]
         for name in given + [name for name in ("min_frames", "max_frames") if kwargs.get(name) is not None]:
@@ -150,7 +151,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
                 allow.
         """
         check_frame_files(videos, kwargs.get("do_sample_frames"))
-        return super().preprocess(videos, **self._choose_sampling(kwargs))
+        return super().preprocess(videos, **self.choose_sampling(kwargs))
 
     def sample_frames(
         self,
@@ -225,9 +226,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
         requires_backends(self, ["av"])
         source = os.fspath(video_url_or_urls)
         if not is_remote(source) and not os.path.isfile(local_path(source)):
-            raise FileNotFoundError(
-                f"Expected the path or the file, http or https URL of a video, got {video_url_or_urls!r}."
-            )
+            raise absence_error(video_url_or_urls)
         with errors_of(video_url_or_urls):
             if is_remote(source):
                 with urlopen(source, timeout=60) as response:

@@ -268,6 +268,11 @@ def local_path(source: str) -> str:
     return url2pathname(urlparse(source).path) if source.lower().startswith("file://") else source
 
 
+def absence_error(source) -> FileNotFoundError:
+    """What to raise for a path without a file that could be a video."""
+    return FileNotFoundError(f"Expected the path or the file, http or https URL of a video, got {source!r}.")
+
+
 @contextmanager
 def errors_of(source):
     """Turns the errors of reading `source` into a `ValueError` that names it."""

@@ -35,6 +35,7 @@ from transformers.video_utils import make_batched_metadata
 
 from .video_processing_vamba import VambaVideoProcessor
 from .video_reading_vamba import (
+    absence_error,
     count_frames,
     describe_stream,
     errors_of,
@@ -79,7 +80,7 @@ def iter_video_segments(
 ) -> Iterator[BatchFeature]:
     """See [`~VambaProcessor.iter_video_segments`]. `num_frames` and `fps` are among `videos_kwargs`."""
     # What the call leaves out is the video processor's own, as in its `preprocess`.
-    videos_kwargs = video_processor._choose_sampling(videos_kwargs)
+    videos_kwargs = video_processor.choose_sampling(videos_kwargs)
     names = video_processor.valid_kwargs.__annotations__
     sampling_kwargs = {**{name: getattr(video_processor, name, None) for name in names}, **videos_kwargs}
     temporal_patch_size = sampling_kwargs["temporal_patch_size"]
@@ -93,7 +94,7 @@ def iter_video_segments(
     if isinstance(video, str) and not is_remote(video):
         path = local_path(video)
         if not os.path.exists(path) or os.path.isdir(path):
-            raise FileNotFoundError(f"Expected the path or the file, http or https URL of a video, got {video!r}.")
+            raise absence_error(video)
     videos_kwargs = {name: value for name, value in videos_kwargs.items() if name not in ("num_frames", "fps")}
     videos_kwargs |= {"do_sample_frames": False, "video_metadata": None, "return_metadata": False}
     videos_kwargs.setdefault("return_tensors", "pt")
