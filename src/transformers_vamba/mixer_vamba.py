@@ -21,7 +21,6 @@ from torch import nn
 from transformers.integrations import use_kernelized_func
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.mamba2.modeling_mamba2 import causal_conv1d_fn, mamba2_chunk_scan
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 from transformers.utils import is_causal_conv1d_available, is_mamba_2_ssm_available, logging
 
@@ -157,34 +156,23 @@ class VambaMixer(nn.Module):
     ) -> tuple[torch.Tensor, MambaState]:
         """The convolution and the state space recurrence over `(1, num_tokens, conv_dim)`."""
         device = conv_inputs.device
-        num_tokens = conv_inputs.shape[1]
-        convolve, scan, chunk_size = causal_conv1d_fn, mamba2_chunk_scan, self.chunk_size
+        scan, chunk_size = mamba2_chunk_scan, self.chunk_size
         if not self.use_kernels(device):
-            # Transformers prefers an installed kernel even for tensors that are not on its device.
-            convolve, scan = inspect.unwrap(convolve), inspect.unwrap(scan)
-            chunk_size = self._fallback_chunk_size
+            scan, chunk_size = inspect.unwrap(scan), self._fallback_chunk_size
         seq_idx = None
         if len(lengths) > 1:
             seq_idx = torch.repeat_interleave(
                 torch.arange(len(lengths), device=device, dtype=torch.int32),
                 torch.tensor(lengths, device=device),
-                output_size=num_tokens,
+                output_size=conv_inputs.shape[1],
             )[None]
-
-        window = self.conv_kernel_size - 1
-        conv_seq_idx = seq_idx
-        if state is not None:
-            conv_inputs = torch.cat([state.conv, conv_inputs], dim=1)
-            conv_seq_idx = None if seq_idx is None else nn.functional.pad(seq_idx, (window, 0))
-        last_inputs = conv_inputs if len(lengths) == 1 else conv_inputs[:, -lengths[-1] :]
-        conv_state = nn.functional.pad(last_inputs, (0, 0, max(0, window - last_inputs.shape[1]), 0))[:, -window:]
-        hidden_states = convolve(
-            conv_inputs.transpose(1, 2),
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            activation="silu",
-            seq_idx=conv_seq_idx,
-        )[..., -num_tokens:].transpose(1, 2)
+        history = None if state is None else state.conv
+        hidden_states = self._convolve(conv_inputs, history, seq_idx)
+        conv_state = conv_inputs[:, -lengths[-1] :][:, 1 - self.conv_kernel_size :]
+        if (num_missing := self.conv_kernel_size - 1 - conv_state.shape[1]) > 0:
+            if history is None or seq_idx is not None:
+                history = conv_state.new_zeros(1, num_missing, self.conv_dim)
+            conv_state = torch.cat([history[:, -num_missing:], conv_state], dim=1)
 
         groups_size = self.n_groups * self.state_size
         hidden_states, B, C = hidden_states.split([self.intermediate_size, groups_size, groups_size], dim=-1)
@@ -204,13 +192,39 @@ class VambaMixer(nn.Module):
         )
         return outputs.flatten(2).to(conv_inputs.dtype), MambaState(conv_state.clone(), ssm_state)
 
+    def _convolve(
+        self, conv_inputs: torch.Tensor, history: torch.Tensor | None, seq_idx: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The convolution of `(1, num_tokens, conv_dim)` behind the last inputs of an earlier call, if any."""
+        num_tokens = conv_inputs.shape[1]
+        use_kernels = self.use_kernels(conv_inputs.device)
+        # Transformers prefers an installed kernel even for tensors that are not on its device.
+        convolve = causal_conv1d_fn if use_kernels else inspect.unwrap(causal_conv1d_fn)
+        if use_kernels and conv_inputs.stride(1) % 8:  # it reads 8 channels at once
+            conv_inputs = conv_inputs.clone(memory_format=torch.contiguous_format)
+        initial_states = None
+        if history is not None and use_kernels and seq_idx is None:
+            initial_states = history.transpose(1, 2)
+        elif history is not None:
+            conv_inputs = torch.cat([history, conv_inputs], dim=1)
+            seq_idx = None if seq_idx is None else nn.functional.pad(seq_idx, (history.shape[1], 0))
+        outputs = convolve(
+            conv_inputs.transpose(1, 2),
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            seq_idx=seq_idx,
+            initial_states=initial_states,
+        )
+        return outputs[..., -num_tokens:].transpose(1, 2)
+
 
 class VambaVisionMixer(nn.Module):
     """The video's half of a decoder layer: `video_states + mixer(norm(video_states))`."""
 
     def __init__(self, config: VambaTextConfig):
         super().__init__()
-        self.norm = Qwen2VLRMSNorm(config.hidden_size, eps=1e-5)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-5)
         self.mixer = VambaMixer(config)
 
     def forward(

@@ -13,17 +13,49 @@
 # limitations under the License.
 """Qwen2-VL's vision tower, with the frames of one size as a batch of the attention instead of one call each."""
 
+import functools
 from collections.abc import Callable
 
 import torch
+from torch import nn
+from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    PatchEmbed,
     Qwen2VisionTransformerPretrainedModel,
     VisionAttention,
+    VisionMlp,
     apply_rotary_pos_emb_vision,
     eager_attention_forward,
 )
+from transformers.utils import is_triton_available
+
+
+_compile = functools.cache(torch.compile)
+
+
+def call_fused(function: Callable, *args):
+    """Calls a function that works element by element: on a CUDA device as one kernel, where there is Triton."""
+    return (_compile(function) if args[-1].is_cuda and is_triton_available() else function)(*args)
+
+
+def activate(activation: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    return activation(hidden_states)
+
+
+class VambaPatchEmbed(PatchEmbed):
+    """The convolution's windows are the patches, which do not overlap: it is a matrix product."""
+
+    @force_accelerate_hooks(["proj"])  # its weight is read past its forward
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = self.proj.weight
+        return nn.functional.linear(hidden_states.to(weight.dtype), weight.flatten(1))
+
+
+class VambaVisionMlp(VisionMlp):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(call_fused(activate, self.act, self.fc1(hidden_states)))
 
 
 class VambaVisionAttention(VisionAttention):
@@ -49,7 +81,7 @@ class VambaVisionAttention(VisionAttention):
         if frame_length is None:
             return super().forward(hidden_states, cu_seqlens, position_embeddings, max_seqlen=max_seqlen, **kwargs)
         query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(1)
-        query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+        query, key = call_fused(apply_rotary_pos_emb_vision, query, key, *position_embeddings)
         query, key, value = (states.unflatten(0, (-1, frame_length)).transpose(1, 2) for states in (query, key, value))
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -65,8 +97,12 @@ class VambaVisionModel(Qwen2VisionTransformerPretrainedModel):
 
     def __init__(self, config: Qwen2VLVisionConfig):
         super().__init__(config)
+        self.patch_embed = VambaPatchEmbed(
+            config.patch_size, config.temporal_patch_size, config.in_channels, config.embed_dim
+        )
         for block in self.blocks:
             block.attn = VambaVisionAttention(config)
+            block.mlp = VambaVisionMlp(config.embed_dim, int(config.embed_dim * config.mlp_ratio), config.hidden_act)
         self.post_init()
 
 
