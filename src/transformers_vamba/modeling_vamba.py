@@ -69,11 +69,13 @@ logger = logging.get_logger(__name__)
 
 MAX_ROWS = 2**16  # of a cache that is filled before any text comes: a larger row number is a mistake
 
-# In order of preference.
-SDPA_BACKENDS = [
+# PyTorch's attention kernels in order of preference, for a text of at most so many tokens. Flash alone cuts a long
+# video up when few queries read it, and keeps the device busy; cuDNN plans anew for every length of a growing text.
+FEW_TOKENS = 256
+BACKENDS_FOR_FEW_TOKENS = [
     SDPBackend.FLASH_ATTENTION,
-    SDPBackend.CUDNN_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
     SDPBackend.MATH,
 ]
 
@@ -119,20 +121,16 @@ class VambaCrossAttention(Qwen2VLAttention):
             # (num_videos, num_key_value_heads, num_tokens, heads that share a key, head_dim)
             heads_per_key = self.num_heads // self.num_key_value_heads
             query = query.reshape(keys.shape[0], -1, keys.shape[1], heads_per_key, self.head_dim).transpose(1, 2)
-            folded_query = query.flatten(2, 3)
-            # Of PyTorch's kernels only flash cuts a long video up when few queries read it, and keeps the device busy.
-            few_queries = folded_query.shape[2] <= 2048
-            with sdpa_kernel(SDPA_BACKENDS, set_priority=True) if few_queries else contextlib.nullcontext():
-                attn_output, _ = attention_interface(
-                    self,
-                    folded_query,
-                    keys,
-                    values,
-                    None,
-                    dropout=0.0 if not self.training else self.attention_dropout,
-                    scaling=self.scaling,
-                    is_causal=False,
-                )
+            attn_output, _ = attention_interface(
+                self,
+                query.flatten(2, 3),
+                keys,
+                values,
+                None,
+                dropout=0.0 if not self.training else self.attention_dropout,
+                scaling=self.scaling,
+                is_causal=False,
+            )
             attn_output = attn_output.transpose(1, 2).unflatten(2, query.shape[2:4]).transpose(1, 2)
             outputs.append(attn_output.reshape(num_rows, -1, query_states.shape[-1]))
         return self.o_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
@@ -220,11 +218,13 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
                     [(video[self.layer_idx].keys, video[self.layer_idx].values) for video in cached_videos], rows
                 )
             cross_output = self.cross_attn(hidden_states, reads)
-            # Straight-through: the clamped value forwards, the gradient as if there were no clamp.
-            alpha = self.alpha + (self.alpha.clamp(0, 1) - self.alpha).detach()
+            alpha = self.alpha.clamp(0, 1)
+            if torch.is_grad_enabled():
+                # Straight-through: the clamped value forwards, the gradient as if there were no clamp.
+                alpha = self.alpha + (alpha - self.alpha).detach()
             if has_video is not None:
                 alpha = torch.where(has_video, alpha, torch.ones_like(alpha))
-            attn_output = alpha * attn_output + (1 - alpha) * cross_output
+            attn_output = torch.lerp(cross_output, attn_output, alpha.to(attn_output.dtype))
         hidden_states = residual + attn_output
 
         residual = hidden_states
@@ -408,20 +408,22 @@ class VambaTextModel(VambaPreTrainedModel):
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids.expand(3, batch_size, -1))
-        for decoder_layer, layer_type in zip(self.layers, self.config.layer_types):
-            hidden_states, video_states = decoder_layer(
-                hidden_states,
-                video_states,
-                attention_mask=causal_mask_mapping[layer_type],
-                position_ids=position_ids,
-                past_key_values=text_cache,
-                position_embeddings=position_embeddings,
-                video_lengths=video_lengths,
-                cached_videos=cached_videos,
-                rows=rows,
-                has_video=has_video,
-                **kwargs,
-            )
+        few_tokens = batch_size * sequence_length <= FEW_TOKENS
+        with sdpa_kernel(BACKENDS_FOR_FEW_TOKENS, set_priority=True) if few_tokens else contextlib.nullcontext():
+            for decoder_layer, layer_type in zip(self.layers, self.config.layer_types):
+                hidden_states, video_states = decoder_layer(
+                    hidden_states,
+                    video_states,
+                    attention_mask=causal_mask_mapping[layer_type],
+                    position_ids=position_ids,
+                    past_key_values=text_cache,
+                    position_embeddings=position_embeddings,
+                    video_lengths=video_lengths,
+                    cached_videos=cached_videos,
+                    rows=rows,
+                    has_video=has_video,
+                    **kwargs,
+                )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else text_cache,
