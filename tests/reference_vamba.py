@@ -48,7 +48,7 @@ def reference_mixer(block: VambaVisionMixer, video_states: torch.Tensor) -> torc
 
 
 def rms_norm(norm, x: torch.Tensor) -> torch.Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight
 
 
 def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:

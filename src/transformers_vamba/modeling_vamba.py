@@ -47,7 +47,6 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VLDecoderLayer,
     Qwen2VLModel,
     Qwen2VLPreTrainedModel,
-    Qwen2VLRMSNorm,
     Qwen2VLRotaryEmbedding,
     eager_attention_forward,
 )
@@ -151,6 +150,9 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
     def __init__(self, config: VambaTextConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.layer_idx = layer_idx
+        # One kernel instead of Qwen2-VL's eight: a decoding step is made of little else than launching kernels.
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.cross_attn = VambaCrossAttention(config, layer_idx)
         self.alpha = nn.Parameter(torch.full((1,), 0.5))
         self.vision_mixer = VambaVisionMixer(config)
@@ -319,7 +321,7 @@ class VambaTextModel(VambaPreTrainedModel):
         self.layers = nn.ModuleList(
             [VambaDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
-        self.norm = Qwen2VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen2VLRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
