@@ -113,7 +113,8 @@ def test_samples_differ_and_share(model):
 def test_video_takes_the_same_memory_for_any_number_of_beams(model, num_beams):
     output = generate(model, make_text(), num_beams=num_beams, return_dict_in_generate=True, **VIDEO)
     cache = output.past_key_values
-    storages = {layer.keys.untyped_storage().data_ptr(): layer.keys.untyped_storage() for layer in cache.videos[0]}
+    storages = [states.untyped_storage() for layer in cache.videos[0] for states in (layer.keys, layer.values)]
+    storages = {storage.data_ptr(): storage for storage in storages}
     tokens = cache.video_lengths[0]
     assert len(cache.videos) == 1 and tokens == 30
     assert sum(storage.nbytes() for storage in storages.values()) == 3 * 2 * 2 * tokens * 16 * 4
@@ -243,13 +244,13 @@ def test_storage_is_sized_ahead(model):
     """A video of known length is written into storage of exactly its size; a stream grows it by more than it needs."""
     cache = model.encode_video(**VIDEO, segment_frames=2)
     layer = cache.videos[0][0]
-    assert layer._storage.shape[-2] == layer.get_seq_length() == 30
+    assert layer._storage._memory[0].shape[-2] == layer.get_seq_length() == 30
     pointers = set()
     for _ in range(40):
         model.encode_video(**make_media("video", (1, 4, 4)), past_key_values=cache)
-        pointers.add(layer._storage.data_ptr())
+        pointers.add(layer._storage._memory[0].data_ptr())
     assert layer.get_seq_length() == 190 and len(pointers) < 40  # not at every append
-    assert layer._storage.shape[-2] <= 190 * 17 / 16
+    assert layer._storage._memory[0].shape[-2] <= 190 * 17 / 16
 
 
 def test_save_and_load(model, tmp_path):

@@ -38,7 +38,8 @@ def joined(segments):
     segments = list(segments)
     grids = torch.cat([segment["video_grid_thw"] for segment in segments])
     pixels = torch.cat([segment["pixel_values_videos"] for segment in segments])
-    assert all(set(segment) == {"pixel_values_videos", "video_grid_thw"} for segment in segments)
+    names = {"pixel_values_videos", "video_grid_thw"}
+    assert all(set(segment) - {"num_remaining_tokens"} == names for segment in segments)
     return {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[grids[:, 0].sum(), *grids[0, 1:]]])}, (
         grids[:, 0].tolist()
     )

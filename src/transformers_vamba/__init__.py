@@ -26,6 +26,7 @@ from transformers import (
 
 from .cache_vamba import VambaCache
 from .configuration_vamba import VambaConfig, VambaTextConfig
+from .forecast_vamba import VambaForecast, forecast_memory
 from .modeling_vamba import VambaForConditionalGeneration, VambaModel, VambaPreTrainedModel, VambaTextModel
 from .processing_vamba import VambaProcessor
 from .video_processing_vamba import VambaVideoProcessor
@@ -47,10 +48,12 @@ __all__ = [
     "VambaCache",
     "VambaConfig",
     "VambaForConditionalGeneration",
+    "VambaForecast",
     "VambaModel",
     "VambaPreTrainedModel",
     "VambaProcessor",
     "VambaTextConfig",
     "VambaTextModel",
     "VambaVideoProcessor",
+    "forecast_memory",
 ]

@@ -24,8 +24,8 @@ from transformers.models.mamba2.modeling_mamba2 import causal_conv1d_fn, mamba2_
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 from transformers.utils import is_causal_conv1d_available, is_mamba_2_ssm_available, logging
 
-from .cache_vamba import MambaState
 from .configuration_vamba import VambaTextConfig
+from .video_layers_vamba import MambaState
 
 
 logger = logging.get_logger(__name__)
@@ -190,7 +190,7 @@ class VambaMixer(nn.Module):
             return_final_states=True,
             seq_idx=seq_idx,
         )
-        return outputs.flatten(2).to(conv_inputs.dtype), MambaState(conv_state.clone(), ssm_state)
+        return outputs.flatten(2).to(conv_inputs.dtype), MambaState(conv_state.clone(), ssm_state.clone())
 
     def _convolve(
         self, conv_inputs: torch.Tensor, history: torch.Tensor | None, seq_idx: torch.Tensor | None

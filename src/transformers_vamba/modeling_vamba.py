@@ -55,11 +55,13 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_vamba import VambaCache, VambaVideoLayer
+from .cache_vamba import VambaCache
 from .checks_vamba import check_no_media_expected, check_tensor, check_text
 from .configuration_vamba import VambaConfig, VambaTextConfig
 from .media_vamba import Medium, count_tokens, group_media_by_row, pop_media, split_into_segments
 from .mixer_vamba import VambaMixer, VambaVisionMixer
+from .quantized_attention_vamba import QuantizedStates, attend_quantized
+from .video_layers_vamba import VambaVideoLayer
 from .vision_vamba import VambaVisionModel
 
 
@@ -80,7 +82,8 @@ BACKENDS_FOR_FEW_TOKENS = [
 
 # Consecutive rows of a batch, how many they are, and the keys and values of the videos that they read, of shape
 # `(num_videos, num_key_value_heads, num_tokens, head_dim)`: as many rows each. `None` where the rows read nothing.
-VideoRead = tuple[int, torch.Tensor | None, torch.Tensor | None]
+VideoStates = torch.Tensor | QuantizedStates
+VideoRead = tuple[int, VideoStates | None, VideoStates | None]
 
 
 class VambaCrossAttention(Qwen2VLAttention):
@@ -112,6 +115,20 @@ class VambaCrossAttention(Qwen2VLAttention):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+
+        def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            attn_output, _ = attention_interface(
+                self,
+                query,
+                keys,
+                values,
+                None,
+                dropout=0.0 if not self.training else self.attention_dropout,
+                scaling=self.scaling,
+                is_causal=False,
+            )
+            return attn_output
+
         outputs = []
         for query, (num_rows, keys, values) in zip(query_states.split([num_rows for num_rows, *_ in reads]), reads):
             if keys is None:
@@ -120,16 +137,10 @@ class VambaCrossAttention(Qwen2VLAttention):
             # (num_videos, num_key_value_heads, num_tokens, heads that share a key, head_dim)
             heads_per_key = self.num_heads // self.num_key_value_heads
             query = query.reshape(keys.shape[0], -1, keys.shape[1], heads_per_key, self.head_dim).transpose(1, 2)
-            attn_output, _ = attention_interface(
-                self,
-                query.flatten(2, 3),
-                keys,
-                values,
-                None,
-                dropout=0.0 if not self.training else self.attention_dropout,
-                scaling=self.scaling,
-                is_causal=False,
-            )
+            if isinstance(keys, QuantizedStates):
+                attn_output = attend_quantized(attend, query.flatten(2, 3), keys, values)
+            else:
+                attn_output = attend(query.flatten(2, 3), keys, values)
             attn_output = attn_output.transpose(1, 2).unflatten(2, query.shape[2:4]).transpose(1, 2)
             outputs.append(attn_output.reshape(num_rows, -1, query_states.shape[-1]))
         return self.o_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
@@ -179,7 +190,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         past_key_values: Cache | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         video_lengths: list[int] | None = None,
-        cached_videos: list[list[VambaVideoLayer]] | None = None,
+        video_cache: VambaCache | None = None,
         rows: list[int | None] | None = None,
         has_video: torch.Tensor | None = None,
         **kwargs,
@@ -194,7 +205,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
             past_key_values ([`Cache`], *optional*): The text's cache.
             position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines of the text positions.
             video_lengths (`list[int]`, *optional*): Number of tokens of each video in `video_states`.
-            cached_videos (`list[list[VambaVideoLayer]]`, *optional*): The videos, where they have been encoded before.
+            video_cache ([`VambaCache`], *optional*): The cache of the videos, where they have been encoded before.
             rows (`list[int | None]`, *optional*): The video that each row reads; `None` where no row reads any.
             has_video (`torch.BoolTensor` of shape `(batch_size, 1, 1)`, *optional*):
                 Which rows read a video; `None` where all do.
@@ -216,9 +227,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
             if video_states is not None:
                 reads = self._read_stream(video_states, video_lengths, rows)
             else:
-                reads = _read_videos(
-                    [(video[self.layer_idx].keys, video[self.layer_idx].values) for video in cached_videos], rows
-                )
+                reads = _read_videos(video_cache.read_videos(self.layer_idx, rows), rows)
             cross_output = self.cross_attn(hidden_states, reads)
             alpha = self.alpha.clamp(0, 1)
             if torch.is_grad_enabled():
@@ -248,7 +257,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         return _read_videos(list(zip(keys.split(video_lengths, dim=2), values.split(video_lengths, dim=2))), rows)
 
 
-def _read_videos(videos: list[tuple[torch.Tensor, torch.Tensor]], rows: list[int | None]) -> list[VideoRead]:
+def _read_videos(videos: list[tuple[VideoStates, VideoStates] | None], rows: list[int | None]) -> list[VideoRead]:
     """What the rows read of videos held one by one: a read for consecutive rows of one video."""
     return [
         (len(list(run)), *((None, None) if video is None else videos[video])) for video, run in itertools.groupby(rows)
@@ -258,6 +267,7 @@ def _read_videos(videos: list[tuple[torch.Tensor, torch.Tensor]], rows: list[int
 class VambaPreTrainedModel(Qwen2VLPreTrainedModel):
     config: VambaConfig
     _no_split_modules = ["VambaDecoderLayer", "Qwen2VLVisionBlock"]
+    _skip_keys_device_placement = ["past_key_values", "video_cache"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -370,10 +380,10 @@ class VambaTextModel(VambaPreTrainedModel):
 
         if use_cache and past_key_values is None:
             past_key_values = VambaCache(self.config)
-        cached_videos = None
+        video_cache = None
         if isinstance(past_key_values, VambaCache) and video_states is None:
             past_key_values.check_fits(self.config)
-            cached_videos = past_key_values.videos
+            video_cache = past_key_values
             rows = past_key_values.resolve_rows(batch_size)
             if use_cache:
                 past_key_values.rows = rows
@@ -421,7 +431,7 @@ class VambaTextModel(VambaPreTrainedModel):
                     past_key_values=text_cache,
                     position_embeddings=position_embeddings,
                     video_lengths=video_lengths,
-                    cached_videos=cached_videos,
+                    video_cache=video_cache,
                     rows=rows,
                     has_video=has_video,
                     **kwargs,
@@ -471,10 +481,13 @@ class VambaModel(VambaPreTrainedModel):
         ).pooler_output
         return embeds.to(execution_device(self.language_model), self.language_model.dtype)[None]
 
-    def encode_media(self, media: list[list[Medium]], cache: VambaCache, segment_frames: int = 64) -> None:
+    def encode_media(
+        self, media: list[list[Medium]], cache: VambaCache, segment_frames: int = 64, num_remaining_tokens: int = 0
+    ) -> None:
         """
         Encodes each row's images and videos, in order, behind what the cache holds for that row, `segment_frames`
-        frames at a time: vision tower, mixers, keys and values. Sets `cache.rows`.
+        frames at a time: vision tower, mixers, keys and values. Sets `cache.rows`. Memory is sized for
+        `num_remaining_tokens` more, which later calls bring.
         """
         cache.check_fits(self.config.text_config)
         rows = list(cache.resolve_rows(len(media)))
@@ -492,7 +505,7 @@ class VambaModel(VambaPreTrainedModel):
             video = cache.videos[rows[row]]
             num_tokens = count_tokens(row_media, vision_config.spatial_merge_size)
             for layer_cache in video:
-                layer_cache.reserve(num_tokens)
+                layer_cache.reserve(num_tokens + num_remaining_tokens)
             for segment in split_into_segments(row_media, max(1, segment_frames // vision_config.temporal_patch_size)):
                 self.language_model.encode_video(self.embed_media(segment), video)
         cache.rows = rows
@@ -636,6 +649,8 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
         video_sample_ids: torch.LongTensor | None = None,
         past_key_values: VambaCache | None = None,
         segment_frames: int = 64,
+        num_remaining_tokens: int = 0,
+        video_cache_implementation: str | None = None,
     ) -> VambaCache:
         r"""
         Encodes videos without any text, or appends to videos encoded before (a live stream, or a long file in pieces).
@@ -652,18 +667,30 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
             past_key_values ([`VambaCache`], *optional*): The cache to append to, in place.
             segment_frames (`int`, *optional*, defaults to 64):
                 Frames that go through the model at once. Bounds the memory and changes the result by rounding only.
+            num_remaining_tokens (`int`, *optional*, defaults to 0):
+                Tokens of the video that further calls will append, as the segments of `iter_video_segments` say: the
+                memory of the cache is sized for them as well, and does not have to grow.
+            video_cache_implementation (`str`, *optional*):
+                How a new cache keeps the video: `"dynamic"` (the default), `"quantized"` in 8 bits, `"offloaded"` to
+                the host's memory, or `"offloaded_quantized"`. See [`VambaCache`].
 
         Returns:
             [`VambaCache`]: The cache given, or a new one.
 
         Raises:
-            ValueError: where patches, grids and rows do not match.
+            ValueError: where patches, grids and rows do not match, or the cache keeps its videos in another way.
         """
+        if not isinstance(num_remaining_tokens, int) or num_remaining_tokens < 0:
+            raise ValueError(f"`num_remaining_tokens` must be an integer of at least 0, got {num_remaining_tokens!r}.")
         if not isinstance(segment_frames, int) or segment_frames < 1:
             raise ValueError(f"`segment_frames` must be an integer of at least 1, got {segment_frames!r}.")
         if past_key_values is not None and not isinstance(past_key_values, VambaCache):
             raise TypeError(f"`past_key_values` must be a VambaCache, got {type(past_key_values).__name__}.")
-        cache = VambaCache(self.config) if past_key_values is None else past_key_values
+        if past_key_values is None:
+            cache = VambaCache(self.config, video_cache_implementation=video_cache_implementation)
+        else:
+            cache = past_key_values
+            cache.check_video_cache_implementation(video_cache_implementation)
         rows_read = cache.rows
         num_rows = 1
         if video_sample_ids is not None:
@@ -676,7 +703,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
             video_grid_thw=video_grid_thw,
             video_sample_ids=video_sample_ids,
         )
-        self.model.encode_media(media, cache, segment_frames)
+        self.model.encode_media(media, cache, segment_frames, num_remaining_tokens)
         if rows_read is None and cache.rows == list(range(len(cache.videos))):
             cache.rows = None  # no text has been read yet: any number of rows may come to read the video
         return cache
@@ -796,10 +823,24 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
         input_ids, model_kwargs = super()._expand_inputs_for_generation(*args, **model_kwargs)
         return input_ids, model_kwargs | media
 
+    def _validate_model_kwargs(self, model_kwargs):
+        model_kwargs.pop("video_cache_implementation", None)  # for the cache, not for `forward`
+        super()._validate_model_kwargs(model_kwargs)
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        # Bringing videos from the host's memory cannot be part of a CUDA graph, and takes longer than one would save.
+        cache = model_kwargs.get("past_key_values")
+        is_offloaded = isinstance(cache, VambaCache) and cache.is_video_offloaded
+        return not is_offloaded and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         encoded = model_kwargs.get("past_key_values")
+        implementation = model_kwargs.pop("video_cache_implementation", None)
+        if isinstance(encoded, VambaCache):
+            encoded.check_video_cache_implementation(implementation)
+            implementation = encoded.video_cache_implementation
         if generation_config.cache_implementation is not None and isinstance(encoded, VambaCache):
             # A cache with videos alone leaves open which kind of cache the text gets.
             if encoded.get_seq_length() == 0:
@@ -812,7 +853,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
         if cache is None and not any(media):
             return
         if not isinstance(cache, VambaCache):
-            cache = VambaCache(self.config, cache)
+            cache = VambaCache(self.config, cache, implementation)
             if isinstance(encoded, VambaCache):
                 cache.videos, cache.rows = encoded.videos, encoded.rows
         self.model.encode_media(media, cache)

@@ -163,7 +163,8 @@ class VambaProcessor(Qwen2VLProcessor):
                 Further arguments of the video processor.
 
         Yields:
-            `BatchFeature`: `pixel_values_videos` and `video_grid_thw` of the segment.
+            `BatchFeature`: `pixel_values_videos` and `video_grid_thw` of the segment; and `num_remaining_tokens`, the
+            tokens of the segments to come, unless the source is a live one. `encode_video` sizes its cache by it.
 
         Raises:
             `FileNotFoundError`: for a path without a file.

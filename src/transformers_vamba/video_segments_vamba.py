@@ -79,10 +79,7 @@ def iter_video_segments(
     **videos_kwargs,
 ) -> Iterator[BatchFeature]:
     """See [`~VambaProcessor.iter_video_segments`]. `num_frames` and `fps` are among `videos_kwargs`."""
-    # What the call leaves out is the video processor's own, as in its `preprocess`.
-    videos_kwargs = video_processor.choose_sampling(videos_kwargs)
-    names = video_processor.valid_kwargs.__annotations__
-    sampling_kwargs = {**{name: getattr(video_processor, name, None) for name in names}, **videos_kwargs}
+    sampling_kwargs = complete_kwargs(video_processor, videos_kwargs)
     temporal_patch_size = sampling_kwargs["temporal_patch_size"]
     if segment_frames < 1 or segment_frames % temporal_patch_size:
         raise ValueError(
@@ -91,10 +88,7 @@ def iter_video_segments(
         )
     if not hasattr(video, "read"):
         video = normalize_video(video)
-    if isinstance(video, str) and not is_remote(video):
-        path = local_path(video)
-        if not os.path.exists(path) or os.path.isdir(path):
-            raise absence_error(video)
+    check_exists(video)
     videos_kwargs = {name: value for name, value in videos_kwargs.items() if name not in ("num_frames", "fps")}
     videos_kwargs |= {"do_sample_frames": False, "video_metadata": None, "return_metadata": False}
     videos_kwargs.setdefault("return_tensors", "pt")
@@ -117,11 +111,32 @@ def iter_video_segments(
             disable = None if progress is None else not progress
             bar = stack.enter_context(tqdm(total=num_frames, desc="video", unit="frame", disable=disable))
             preprocessed = preprocess_stretches(video_processor, stretches, temporal_patch_size, videos_kwargs)
+            num_seen = 0
             for segment, segment_length in stack.enter_context(closing(read_ahead(preprocessed, stop))):
+                num_seen += segment_length
+                if num_frames is not None:
+                    tokens_per_step = segment["video_grid_thw"][0, 1:].prod() // sampling_kwargs["merge_size"] ** 2
+                    num_remaining_steps = (num_frames - num_seen) // temporal_patch_size
+                    segment["num_remaining_tokens"] = num_remaining_steps * int(tokens_per_step)
                 yield segment
                 bar.update(segment_length)
 
     return segments()
+
+
+def check_exists(video) -> None:
+    """Raises a `FileNotFoundError` for a path without a file."""
+    if isinstance(video, str) and not is_remote(video):
+        path = local_path(video)
+        if not os.path.exists(path) or os.path.isdir(path):
+            raise absence_error(video)
+
+
+def complete_kwargs(video_processor: VambaVideoProcessor, videos_kwargs: dict) -> dict:
+    """The arguments of a call, and what it leaves out from the video processor, as in its `preprocess`."""
+    names = video_processor.valid_kwargs.__annotations__
+    defaults = {name: getattr(video_processor, name, None) for name in names}
+    return {**defaults, **video_processor.choose_sampling(videos_kwargs)}
 
 
 def sample_array(video_processor: VambaVideoProcessor, video, sampling_kwargs: dict) -> np.ndarray:

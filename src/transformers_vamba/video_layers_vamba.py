@@ -1,0 +1,173 @@
+# Copyright 2026 The transformers-vamba team
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a cache holds of one video in one decoder layer."""
+
+import copy
+from typing import NamedTuple
+
+import torch
+
+from .quantized_attention_vamba import QuantizedStates, quantize
+from .video_storage_vamba import DeviceStorage, HostStorage
+
+
+# Tokens, which bounds the memory that it takes to change from one form to another.
+_CONVERTED_AT_ONCE = 2**16
+
+
+class MambaState(NamedTuple):
+    """
+    Where a Mamba-2 mixer stands behind a stretch of tokens: all it needs to go on with the next.
+
+    Args:
+        conv (`torch.Tensor` of shape `(1, mamba_d_conv - 1, conv_dim)`): The convolution's last inputs.
+        ssm (`torch.Tensor` of shape `(1, num_mamba_heads, mamba_d_head, mamba_d_state)`): The recurrent state.
+    """
+
+    conv: torch.Tensor
+    ssm: torch.Tensor
+
+
+class VambaVideoLayer:
+    """
+    One decoder layer's part of one video: the keys and values that its cross-attention reads, of shape
+    `(1, num_key_value_heads, num_video_tokens, head_dim)`, and the state with which its mixer goes on.
+
+    Args:
+        offloading (`bool`, *optional*, defaults to `False`):
+            Whether keys and values are kept in the host's memory, and brought to the device when they are read.
+    """
+
+    # Names of the tensors that grow with the video, and of those that do not.
+    token_tensors = ("keys", "values")
+    other_tensors = ()
+
+    def __init__(self, offloading: bool = False):
+        self.mixer_state: MambaState | None = None
+        self._storage = HostStorage() if offloading else DeviceStorage()
+
+    @property
+    def keys(self) -> torch.Tensor:
+        return self.read()[0]
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self.read()[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return self._storage.nbytes
+
+    def get_seq_length(self) -> int:
+        return self._storage.num_tokens
+
+    def reserve(self, num_tokens: int) -> None:
+        """Sizes the memory, once it is allocated, for `num_tokens` more tokens than are held now."""
+        self._storage.reserve(num_tokens)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Appends keys and values, `(1, num_key_value_heads, num_tokens, head_dim)`."""
+        if isinstance(self._storage, HostStorage):
+            self._refuse_gradient(key_states)
+        self._storage.append((key_states, value_states))
+
+    def _refuse_gradient(self, states: torch.Tensor) -> None:
+        if states.requires_grad:
+            raise ValueError(
+                "A quantized or offloaded video takes no gradient: run under `torch.no_grad()`, or leave out "
+                "`video_cache_implementation`."
+            )
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[QuantizedStates, QuantizedStates]:
+        """Keys and values on the device, as the cross-attention takes them."""
+        return self._storage.read()
+
+    def prefetch(self) -> None:
+        """Where they are kept in the host's memory, begins to bring keys and values to the device."""
+        self._storage.prefetch()
+
+    def fork(self) -> "VambaVideoLayer":
+        """
+        A second view of the same keys, values and state. What either appends is not seen by the other.
+        """
+        fork = copy.copy(self)
+        fork._storage = self._storage.fork()
+        return fork
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All tensors by name, as they are kept."""
+        tensors = dict(zip(self.token_tensors, self._storage.save()))
+        tensors |= {name: getattr(self, name) for name in self.other_tensors}
+        return tensors | ({} if self.mixer_state is None else self.mixer_state._asdict())
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+        """Takes over what `state_dict` has given, for a model on `device`. Raises a `KeyError` for what is missing."""
+        self._storage.load(tuple(tensors[name] for name in self.token_tensors), device)
+        for name in self.other_tensors:
+            setattr(self, name, tensors[name].to(device))
+        if "ssm" in tensors:
+            self.mixer_state = MambaState(tensors["conv"].to(device), tensors["ssm"].to(device))
+
+    @classmethod
+    def convert(cls, layer: "VambaVideoLayer", offloading: bool) -> "VambaVideoLayer":
+        """The content of a layer that keeps it in another way."""
+        converted = cls(offloading)
+        converted.mixer_state = layer.mixer_state
+        converted.reserve(layer.get_seq_length())
+        for keys, values in zip(layer.keys.split(_CONVERTED_AT_ONCE, 2), layer.values.split(_CONVERTED_AT_ONCE, 2)):
+            converted.update(keys, values)
+        return converted
+
+
+class VambaQuantizedVideoLayer(VambaVideoLayer):
+    """
+    A [`VambaVideoLayer`] in 8 bits, with a scale a token and head. The centre of keys and values, which is not counted
+    in the 8 bits, is the mean of the first tokens that come.
+    """
+
+    token_tensors = ("key_codes", "key_scales", "value_codes", "value_scales")
+    other_tensors = ("key_centre", "value_centre")
+
+    def __init__(self, offloading: bool = False):
+        super().__init__(offloading)
+        self.key_centre: torch.Tensor | None = None
+        self.value_centre: torch.Tensor | None = None
+
+    @property
+    def keys(self) -> torch.Tensor:
+        return self.read()[0].dequantize()
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self.read()[1].dequantize()
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self._refuse_gradient(key_states)
+        if self.key_centre is None:
+            self.key_centre, self.value_centre = (
+                states.mean(dim=2, keepdim=True, dtype=torch.float32) for states in (key_states, value_states)
+            )
+        keys, values = quantize(key_states, self.key_centre), quantize(value_states, self.value_centre)
+        self._storage.append((keys.codes, keys.scales, values.codes, values.scales))
+
+    def read(self) -> tuple[QuantizedStates, QuantizedStates]:
+        key_codes, key_scales, value_codes, value_scales = self._storage.read()
+        return (
+            QuantizedStates(key_codes, key_scales, self.key_centre),
+            QuantizedStates(value_codes, value_scales, self.value_centre),
+        )
+
+
+__all__ = ["MambaState", "VambaQuantizedVideoLayer", "VambaVideoLayer"]
