@@ -116,6 +116,13 @@ def gradients(model, losses):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+def assert_same_gradients(actual, expected):
+    """To rounding: norms and rotary angles are float32 in every dtype."""
+    assert actual.keys() == expected.keys()
+    for name, gradient in actual.items():
+        assert (gradient - expected[name]).norm() <= 1e-6 * expected[name].norm() + 1e-9, name
+
+
 def test_batch_gives_the_gradient_of_its_rows(model):
     batch = make_batch("right")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

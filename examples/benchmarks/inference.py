@@ -272,16 +272,18 @@ def describe_machine(device: torch.device) -> str:
     return f"{name}; {', '.join(versions)}; {datetime.date.today()}"
 
 
-def write_results(folder: Path, machine: str, rows: list[dict]) -> None:
+def write_results(
+    folder: Path, machine: str, rows: list[dict], name: str = "inference", columns: dict[str, tuple] = COLUMNS
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "inference.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    lines = [machine, "", "| model | " + " | ".join(title for title, _ in COLUMNS.values()) + " |"]
-    lines += ["| --- " * (len(COLUMNS) + 1) + "|"]
+    (folder / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    lines = [machine, "", "| model | " + " | ".join(title for title, _ in columns.values()) + " |"]
+    lines += ["| --- " * (len(columns) + 1) + "|"]
     for row in rows:
-        cells = ["–" if row.get(key) is None else form.format(row[key]) for key, (_, form) in COLUMNS.items()]
+        cells = ["–" if row.get(key) is None else form.format(row[key]) for key, (_, form) in columns.items()]
         cells[-1] = row.get("note", "")
         lines.append(f"| {NAMES[row['model']]}, {row['attention']} | " + " | ".join(cells) + " |")
-    (folder / "inference.md").write_text("\n".join(lines) + "\n")
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 
 def plot_results(folder: Path, machine: str, rows: list[dict]) -> None:

@@ -164,7 +164,10 @@ def _split_by_row(
         if len(sample_ids) != len(grids):
             raise ValueError(f"`{ids_name}` has {len(sample_ids)} entries for the {len(grids)} of `{grid_name}`.")
         if sample_ids and not 0 <= min(sample_ids) <= max(sample_ids) < batch_size:
-            raise ValueError(f"`{ids_name}` must lie in 0..{batch_size - 1}, the rows of the batch; got {sample_ids}.")
+            raise ValueError(
+                f"`{ids_name}` must lie in 0..{batch_size - 1}, the rows of the batch; got {sample_ids}. (Samples "
+                "packed in one row are told apart by `position_ids` that start anew; no `attention_mask`, no cache.)"
+            )
     elif batch_size == 1:
         sample_ids = [0] * len(grids)
     elif len(grids) == batch_size:

@@ -15,6 +15,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from transformers.models.mamba2.modeling_mamba2 import causal_conv1d_fn, mamba2_
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 from transformers.utils import is_causal_conv1d_available, is_mamba_2_ssm_available, logging
 
+from .checkpointing_vamba import MAX_TOKENS_PER_PART
 from .configuration_vamba import VambaTextConfig
 from .video_layers_vamba import MambaState
 
@@ -228,7 +230,11 @@ class VambaVisionMixer(nn.Module):
         self.mixer = VambaMixer(config)
 
     def forward(
-        self, video_states: torch.Tensor, lengths: list[int], state: MambaState | None = None
+        self,
+        video_states: torch.Tensor,
+        lengths: list[int],
+        state: MambaState | None = None,
+        checkpoint: Callable | None = None,
     ) -> tuple[torch.Tensor, MambaState | None]:
         """
         Runs any number of tokens, in stretches that hand on their state.
@@ -237,16 +243,27 @@ class VambaVisionMixer(nn.Module):
             video_states (`torch.Tensor` of shape `(1, num_tokens, hidden_size)`): Sequences one behind the other.
             lengths (`list[int]`): Length of each sequence; together `num_tokens`.
             state ([`MambaState`], *optional*): Where the first sequence left off, if it has begun before.
+            checkpoint (`Callable`, *optional*): Runs a stretch and computes it again in the backward pass.
         """
+        max_tokens = self.mixer.max_tokens(video_states.device)
+        if checkpoint is not None:
+            max_tokens = min(max_tokens, MAX_TOKENS_PER_PART)
+        stretches = list(split_into_stretches(lengths, max_tokens))
         outputs = []
-        start = 0
-        for stretch, is_continued in split_into_stretches(lengths, self.mixer.max_tokens(video_states.device)):
-            residual = video_states[:, start : start + sum(stretch)]
-            start += sum(stretch)
-            hidden_states, stretch_state = self.mixer(self.norm(residual), stretch, state)
-            outputs.append(residual + hidden_states)
-            state = stretch_state if is_continued else None
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), stretch_state
+        for residual, (stretch, is_continued) in zip(
+            video_states.split([sum(stretch) for stretch, _ in stretches], dim=1), stretches
+        ):
+            run = partial(self._mix, stretch)
+            states = (residual, *(state or ()))
+            output, *last_state = run(*states) if checkpoint is None else checkpoint(run, *states)
+            outputs.append(output)
+            state = MambaState(*last_state) if is_continued else None
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), MambaState(*last_state)
+
+    def _mix(self, lengths: list[int], residual: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tokens of a stretch and the two tensors of the state behind it."""
+        hidden_states, last_state = self.mixer(self.norm(residual), lengths, MambaState(*state) if state else None)
+        return residual + hidden_states, *last_state
 
 
 def split_into_stretches(lengths: list[int], max_tokens: int) -> Iterator[tuple[list[int], bool]]:

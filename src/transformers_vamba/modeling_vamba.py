@@ -29,17 +29,23 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
@@ -56,10 +62,13 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_vamba import VambaCache
+from .checkpointing_vamba import plain_checkpoint, resolve_checkpointing, run_in_parts
 from .checks_vamba import check_no_media_expected, check_tensor, check_text
 from .configuration_vamba import VambaConfig, VambaTextConfig
+from .loss_vamba import loss_without_logits
 from .media_vamba import Medium, count_tokens, group_media_by_row, pop_media, split_into_segments
 from .mixer_vamba import VambaMixer, VambaVisionMixer
+from .packing_vamba import lengths_of_samples, split_marks, starts_of_samples
 from .quantized_attention_vamba import QuantizedStates, attend_quantized
 from .video_layers_vamba import VambaVideoLayer
 from .vision_vamba import VambaVisionModel
@@ -69,6 +78,8 @@ logger = logging.get_logger(__name__)
 
 
 MAX_ROWS = 2**16  # of a cache that is filled before any text comes: a larger row number is a mistake
+
+SEGMENT_FRAMES = 64  # that go through the vision tower at once
 
 # PyTorch's attention kernels in order of preference, for a text of at most so many tokens. Flash alone cuts a long
 # video up when few queries read it, and keeps the device busy; cuDNN plans anew for every length of a growing text.
@@ -80,17 +91,18 @@ BACKENDS_FOR_FEW_TOKENS = [
     SDPBackend.MATH,
 ]
 
-# Consecutive rows of a batch, how many they are, and the keys and values of the videos that they read, of shape
-# `(num_videos, num_key_value_heads, num_tokens, head_dim)`: as many rows each. `None` where the rows read nothing.
+# A run of text tokens, through the rows of a batch: how many they are, and the keys and values of the videos that they
+# read, of shape `(num_videos, num_key_value_heads, num_tokens, head_dim)`: as many text tokens each. `None` where they
+# read nothing.
 VideoStates = torch.Tensor | QuantizedStates
 VideoRead = tuple[int, VideoStates | None, VideoStates | None]
 
 
 class VambaCrossAttention(Qwen2VLAttention):
     """
-    Attention of the text over a video: no mask, no positions. The rows of the batch that read one video, and the
-    heads that share a key, are folded into the query dimension, so keys and values are neither masked, padded nor
-    repeated.
+    Attention of the text over a video: no mask, no positions. The rows of the batch, or samples of a packed row, that
+    read one video, and the heads that share a key, are folded into the query dimension, so keys and values are neither
+    masked, padded nor repeated.
     """
 
     def __init__(self, config: VambaTextConfig, layer_idx: int):
@@ -109,9 +121,9 @@ class VambaCrossAttention(Qwen2VLAttention):
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The normed text.
-            reads (`list[VideoRead]`): What the rows read, in order; zeros come back for rows that read nothing.
+            reads (`list[VideoRead]`): What the tokens read, in order; zeros come back for those that read nothing.
         """
-        query_states = self.q_proj(hidden_states)
+        query_states = self.q_proj(hidden_states).flatten(0, 1)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -130,7 +142,7 @@ class VambaCrossAttention(Qwen2VLAttention):
             return attn_output
 
         outputs = []
-        for query, (num_rows, keys, values) in zip(query_states.split([num_rows for num_rows, *_ in reads]), reads):
+        for query, (_, keys, values) in zip(query_states.split([num_tokens for num_tokens, *_ in reads]), reads):
             if keys is None:
                 outputs.append(torch.zeros_like(query))
                 continue
@@ -142,8 +154,8 @@ class VambaCrossAttention(Qwen2VLAttention):
             else:
                 attn_output = attend(query.flatten(2, 3), keys, values)
             attn_output = attn_output.transpose(1, 2).unflatten(2, query.shape[2:4]).transpose(1, 2)
-            outputs.append(attn_output.reshape(num_rows, -1, query_states.shape[-1]))
-        return self.o_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+            outputs.append(attn_output.reshape(-1, query_states.shape[-1]))
+        return self.o_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view(hidden_states.shape)
 
 
 class VambaDecoderLayer(Qwen2VLDecoderLayer):
@@ -168,6 +180,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         self.alpha = nn.Parameter(torch.full((1,), 0.5))
         self.vision_mixer = VambaVisionMixer(config)
         self.updates_video = layer_idx < config.num_hidden_layers - 1
+        self.checkpoint_part: Callable | None = None  # the function that checkpoints its parts in training
 
     def encode_video(self, video_states: torch.Tensor, layer_cache: VambaVideoLayer) -> torch.Tensor:
         """
@@ -192,6 +205,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         video_lengths: list[int] | None = None,
         video_cache: VambaCache | None = None,
         rows: list[int | None] | None = None,
+        sample_lengths: list[int] | None = None,
         has_video: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -207,12 +221,51 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
             video_lengths (`list[int]`, *optional*): Number of tokens of each video in `video_states`.
             video_cache ([`VambaCache`], *optional*): The cache of the videos, where they have been encoded before.
             rows (`list[int | None]`, *optional*): The video that each row reads; `None` where no row reads any.
-            has_video (`torch.BoolTensor` of shape `(batch_size, 1, 1)`, *optional*):
-                Which rows read a video; `None` where all do.
+            sample_lengths (`list[int]`, *optional*):
+                Number of text tokens of each sample, where samples are packed in one row; `rows` is theirs then.
+            has_video (`torch.BoolTensor` of shape `(batch_size, 1, 1)` or `(1, sequence_length, 1)`, *optional*):
+                Which rows, or tokens of a packed row, read a video; `None` where all do.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor | None]`: Text and video for the next layer.
         """
+        # Whole layers that are checkpointed, by `use_reentrant=True` for one, come here within their checkpoint.
+        checkpoint = self.checkpoint_part if self.training and torch.is_grad_enabled() else None
+        update_text = partial(
+            self._update_text,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            video_lengths=video_lengths,
+            video_cache=video_cache,
+            rows=rows,
+            sample_lengths=sample_lengths,
+            has_video=has_video,
+            **kwargs,
+        )
+        run = update_text if checkpoint is None else partial(checkpoint, update_text)
+        hidden_states = run(hidden_states, video_states)
+        if video_states is not None and self.updates_video:
+            video_states, _ = self.vision_mixer(video_states, video_lengths, checkpoint=checkpoint)
+        return hidden_states, video_states
+
+    def _update_text(
+        self,
+        hidden_states: torch.Tensor,
+        video_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        video_lengths: list[int] | None,
+        video_cache: VambaCache | None,
+        rows: list[int | None] | None,
+        sample_lengths: list[int] | None,
+        has_video: torch.Tensor | None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """The text's half, with the arguments of `forward`."""
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         attn_output, _ = self.self_attn(
@@ -224,10 +277,11 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
             **kwargs,
         )
         if rows is not None:
+            text_lengths = [hidden_states.shape[1]] * len(rows) if sample_lengths is None else sample_lengths
             if video_states is not None:
-                reads = self._read_stream(video_states, video_lengths, rows)
+                reads = self._read_stream(video_states, video_lengths, rows, text_lengths)
             else:
-                reads = _read_videos(video_cache.read_videos(self.layer_idx, rows), rows)
+                reads = _read_videos(video_cache.read_videos(self.layer_idx, rows), rows, text_lengths)
             cross_output = self.cross_attn(hidden_states, reads)
             alpha = self.alpha.clamp(0, 1)
             if torch.is_grad_enabled():
@@ -239,28 +293,28 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         hidden_states = residual + attn_output
 
         residual = hidden_states
-        hidden_states = residual + self.mlp(self.post_attention_layernorm(hidden_states))
-
-        if video_states is not None and self.updates_video:
-            video_states, _ = self.vision_mixer(video_states, video_lengths)
-        return hidden_states, video_states
+        return residual + self.mlp(self.post_attention_layernorm(hidden_states))
 
     def _read_stream(
-        self, video_states: torch.Tensor, video_lengths: list[int], rows: list[int | None]
+        self, video_states: torch.Tensor, video_lengths: list[int], rows: list[int | None], text_lengths: list[int]
     ) -> list[VideoRead]:
         """What the rows read of videos that come with them, `(1, num_tokens, hidden_size)`."""
         keys, values = self.cross_attn.project_video(video_states)
-        if rows == list(range(len(video_lengths))) and len(set(video_lengths)) == 1:
+        if rows == list(range(len(video_lengths))) and len(set(video_lengths)) == len(set(text_lengths)) == 1:
             # As many videos as rows, all of one length: a batch, by a change of view.
             keys, values = (x[0].unflatten(1, (len(rows), -1)).transpose(0, 1) for x in (keys, values))
-            return [(len(rows), keys, values)]
-        return _read_videos(list(zip(keys.split(video_lengths, dim=2), values.split(video_lengths, dim=2))), rows)
+            return [(sum(text_lengths), keys, values)]
+        videos = list(zip(keys.split(video_lengths, dim=2), values.split(video_lengths, dim=2)))
+        return _read_videos(videos, rows, text_lengths)
 
 
-def _read_videos(videos: list[tuple[VideoStates, VideoStates] | None], rows: list[int | None]) -> list[VideoRead]:
+def _read_videos(
+    videos: list[tuple[VideoStates, VideoStates] | None], rows: list[int | None], text_lengths: list[int]
+) -> list[VideoRead]:
     """What the rows read of videos held one by one: a read for consecutive rows of one video."""
     return [
-        (len(list(run)), *((None, None) if video is None else videos[video])) for video, run in itertools.groupby(rows)
+        (sum(length for _, length in run), *((None, None) if video is None else videos[video]))
+        for video, run in itertools.groupby(zip(rows, text_lengths), key=lambda row: row[0])
     ]
 
 
@@ -268,6 +322,25 @@ class VambaPreTrainedModel(Qwen2VLPreTrainedModel):
     config: VambaConfig
     _no_split_modules = ["VambaDecoderLayer", "Qwen2VLVisionBlock"]
     _skip_keys_device_placement = ["past_key_values", "video_cache"]
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable = torch_checkpoint,
+        every_n_layers: int = 1,
+    ):
+        checkpoint, layers_per_checkpoint = resolve_checkpointing(gradient_checkpointing_func, every_n_layers)
+        super()._set_gradient_checkpointing(enable, checkpoint, every_n_layers)
+        in_parts = enable and not checkpoint.keywords["use_reentrant"]
+        for module in self.modules():
+            if isinstance(module, VambaTextModel):
+                module.layers_per_checkpoint = layers_per_checkpoint if enable else 1
+            if isinstance(module, VambaDecoderLayer):
+                module.checkpoint_part = None
+                if in_parts and module.gradient_checkpointing:
+                    module._gradient_checkpointing_func = run_in_parts
+                    # Within a checkpoint of several layers the inputs of each are kept only while they are needed.
+                    module.checkpoint_part = checkpoint if layers_per_checkpoint == 1 else plain_checkpoint(checkpoint)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -334,6 +407,7 @@ class VambaTextModel(VambaPreTrainedModel):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen2VLRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self.layers_per_checkpoint = 1
         self.post_init()
 
     def encode_video(self, video_states: torch.Tensor, video_cache: list[VambaVideoLayer]) -> None:
@@ -354,6 +428,7 @@ class VambaTextModel(VambaPreTrainedModel):
         video_states: torch.FloatTensor | None = None,
         video_lengths: list[int] | None = None,
         rows: list[int | None] | None = None,
+        sample_lengths: list[int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -371,6 +446,8 @@ class VambaTextModel(VambaPreTrainedModel):
                 Outputs of the vision tower for videos that are not in the cache, one behind the other.
             video_lengths (`list[int]`, *optional*): Number of tokens of each video in `video_states`.
             rows (`list[int | None]`, *optional*): The video in `video_states` that each row reads.
+            sample_lengths (`list[int]`, *optional*):
+                Number of text tokens of each sample, where samples are packed in one row; `rows` is theirs then.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -397,6 +474,9 @@ class VambaTextModel(VambaPreTrainedModel):
             rows = None
         elif any(row is None for row in rows):
             has_video = torch.tensor([row is not None for row in rows], device=inputs_embeds.device).view(-1, 1, 1)
+            if sample_lengths is not None:
+                repeats = torch.tensor(sample_lengths, device=inputs_embeds.device)
+                has_video = has_video.repeat_interleave(repeats, dim=0, output_size=sequence_length).transpose(0, 1)
 
         if position_ids is None:
             past_seen_tokens = text_cache.get_seq_length() if text_cache is not None else 0
@@ -420,26 +500,48 @@ class VambaTextModel(VambaPreTrainedModel):
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids.expand(3, batch_size, -1))
-        few_tokens = batch_size * sequence_length <= FEW_TOKENS
-        with sdpa_kernel(BACKENDS_FOR_FEW_TOKENS, set_priority=True) if few_tokens else contextlib.nullcontext():
-            for decoder_layer, layer_type in zip(self.layers, self.config.layer_types):
-                hidden_states, video_states = decoder_layer(
-                    hidden_states,
-                    video_states,
-                    attention_mask=causal_mask_mapping[layer_type],
-                    position_ids=position_ids,
-                    past_key_values=text_cache,
-                    position_embeddings=position_embeddings,
-                    video_lengths=video_lengths,
-                    video_cache=video_cache,
-                    rows=rows,
-                    has_video=has_video,
-                    **kwargs,
-                )
+        run_layers = partial(
+            self._run_layers,
+            causal_mask_mapping,
+            position_ids=position_ids,
+            past_key_values=text_cache,
+            position_embeddings=position_embeddings,
+            video_lengths=video_lengths,
+            video_cache=video_cache,
+            rows=rows,
+            sample_lengths=sample_lengths,
+            has_video=has_video,
+            **kwargs,
+        )
+        # Not in training: what a checkpoint computes again has to take the same kernels, and is not in this context.
+        few_tokens = batch_size * sequence_length <= FEW_TOKENS and not torch.is_grad_enabled()
+        if self.layers_per_checkpoint > 1 and self.training and text_cache is None:
+            for start in range(0, len(self.layers), self.layers_per_checkpoint):
+                run = partial(run_layers, slice(start, start + self.layers_per_checkpoint))
+                hidden_states, video_states = self._gradient_checkpointing_func(run, hidden_states, video_states)
+        else:
+            with sdpa_kernel(BACKENDS_FOR_FEW_TOKENS, set_priority=True) if few_tokens else contextlib.nullcontext():
+                hidden_states, _ = run_layers(slice(None), hidden_states, video_states)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else text_cache,
         )
+
+    def _run_layers(
+        self,
+        causal_mask_mapping: dict[str, torch.Tensor | None],
+        layers: slice,
+        hidden_states: torch.Tensor,
+        video_states: torch.Tensor | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Both streams through some of the layers."""
+        for decoder_layer, layer_type in list(zip(self.layers, self.config.layer_types))[layers]:
+            attention_mask = causal_mask_mapping[layer_type]
+            hidden_states, video_states = decoder_layer(
+                hidden_states, video_states, attention_mask=attention_mask, **kwargs
+            )
+        return hidden_states, video_states
 
 
 def execution_device(model: VambaPreTrainedModel) -> torch.device:
@@ -465,6 +567,9 @@ class VambaModel(VambaPreTrainedModel):
 
     def embed_media(self, media: list[Medium]) -> torch.Tensor:
         """The vision tower's output, `(1, num_tokens, hidden_size)`, for images and videos in order."""
+        return self._hand_to_decoder(self._run_tower(media).pooler_output)
+
+    def _run_tower(self, media: list[Medium]) -> BaseModelOutputWithPooling:
         device = execution_device(self.visual)
         # To the device first: a copy from pinned memory does not wait, and the conversion is quicker there.
         pixel_values = [pixels.to(device, non_blocking=True) for pixels, _ in media]
@@ -474,15 +579,21 @@ class VambaModel(VambaPreTrainedModel):
             (sum(t for t, _, _ in run), *size)
             for size, run in itertools.groupby((grid for _, grid in media), key=lambda grid: grid[1:])
         ]
-        embeds = self.visual(
+        return self.visual(
             pixel_values.to(self.visual.dtype),
             grid_thw=torch.tensor(grids, device=device),
             frame_length=math.prod(grids[0][1:]) if len(grids) == 1 else None,
-        ).pooler_output
+        )
+
+    def _hand_to_decoder(self, embeds: torch.Tensor) -> torch.Tensor:
         return embeds.to(execution_device(self.language_model), self.language_model.dtype)[None]
 
     def encode_media(
-        self, media: list[list[Medium]], cache: VambaCache, segment_frames: int = 64, num_remaining_tokens: int = 0
+        self,
+        media: list[list[Medium]],
+        cache: VambaCache,
+        segment_frames: int = SEGMENT_FRAMES,
+        num_remaining_tokens: int = 0,
     ) -> None:
         """
         Encodes each row's images and videos, in order, behind what the cache holds for that row, `segment_frames`
@@ -534,14 +645,19 @@ class VambaModel(VambaPreTrainedModel):
         check_text(hidden_size, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        sample_lengths = lengths_of_samples(
+            starts_of_samples(position_ids, len(inputs_embeds), attention_mask, past_key_values, use_cache)
+        )
         if use_cache is None:
-            use_cache = self.config.text_config.use_cache and not self.training
+            use_cache = self.config.text_config.use_cache and not self.training and sample_lengths is None
         elif use_cache and self.training and self.language_model.gradient_checkpointing:
             logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing; no cache is kept.")
             use_cache = False
 
+        if sample_lengths is not None and mm_token_type_ids is not None:
+            mm_token_type_ids = split_marks(mm_token_type_ids, sample_lengths)
         media = group_media_by_row(
-            inputs_embeds.shape[0],
+            len(inputs_embeds) if sample_lengths is None else len(sample_lengths),
             self.config.vision_config,
             pixel_values=pixel_values,
             image_grid_thw=image_grid_thw,
@@ -552,8 +668,8 @@ class VambaModel(VambaPreTrainedModel):
             mm_token_type_ids=mm_token_type_ids,
         )
         if any(media):
-            if past_key_values is None and torch.is_grad_enabled() and not use_cache:
-                kwargs.update(self._video_stream(media))
+            if sample_lengths is not None or (past_key_values is None and torch.is_grad_enabled() and not use_cache):
+                kwargs.update(self._video_stream(media), sample_lengths=sample_lengths)
             else:
                 if not isinstance(past_key_values, VambaCache):
                     past_key_values = VambaCache(self.config, past_key_values)
@@ -578,10 +694,33 @@ class VambaModel(VambaPreTrainedModel):
             if row_media:
                 lengths.append(count_tokens(row_media, self.config.vision_config.spatial_merge_size))
         return {
-            "video_states": self.embed_media(list(itertools.chain(*media))),
+            "video_states": self._embed_with_gradient(list(itertools.chain(*media))),
             "video_lengths": lengths,
             "rows": rows,
         }
+
+    def _embed_with_gradient(self, media: list[Medium]) -> torch.Tensor:
+        """
+        As `embed_media`, with a gradient for the parts of the tower that train. What is frozen keeps no activations:
+        it runs a segment at a time, whatever asks its input for a gradient (`enable_input_require_grads` does).
+        """
+        trained = {name for name, parameter in self.visual.named_parameters() if parameter.requires_grad}
+        if torch.is_grad_enabled() and not all(name.startswith("merger.") for name in trained):
+            return self.embed_media(media)
+        max_steps = SEGMENT_FRAMES // self.config.vision_config.temporal_patch_size
+        embeds = []
+        for segment in split_into_segments(media, max_steps):
+            with torch.no_grad():
+                outputs = self._run_tower(segment)
+            embeds.append(self._merge(outputs.last_hidden_state) if trained else outputs.pooler_output)
+        return self._hand_to_decoder(torch.cat(embeds))
+
+    def _merge(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The tower's merger alone, checkpointed where the tower is."""
+        if not (self.visual.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return self.visual.merger(hidden_states)
+        # A reentrant checkpoint has a gradient only where its input has one.
+        return self.visual._gradient_checkpointing_func(self.visual.merger, hidden_states.requires_grad_())
 
 
 class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
@@ -648,7 +787,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
         video_grid_thw: torch.LongTensor,
         video_sample_ids: torch.LongTensor | None = None,
         past_key_values: VambaCache | None = None,
-        segment_frames: int = 64,
+        segment_frames: int = SEGMENT_FRAMES,
         num_remaining_tokens: int = 0,
         video_cache_implementation: str | None = None,
     ) -> VambaCache:
@@ -726,6 +865,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
         image_sample_ids: torch.LongTensor | None = None,
         video_sample_ids: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CausalLMOutputWithPast:
         r"""
@@ -734,13 +874,16 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
                 Token ids of the text. An image or video takes no tokens beyond those that stand around it.
             attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
                 1 for text tokens to attend to, 0 for padding on either side.
-            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Text positions.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Text positions. In a single row that comes without `attention_mask` and cache, positions that start
+                anew tell packed samples apart: neither text nor media of one are seen by another.
             past_key_values ([`Cache`], *optional*):
                 A [`VambaCache`], with videos encoded before or text read before; or any cache for text alone.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Embedded tokens instead of `input_ids`.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Ids to predict, -100 where there is nothing to; shifted inside.
+                Ids to predict, -100 where there is nothing to; shifted inside. The first token of a packed sample is
+                never predicted.
             use_cache (`bool`, *optional*):
                 Whether to return a [`VambaCache`]. By default as the configuration says, and not in training.
             pixel_values (`torch.Tensor` of shape `(num_image_patches, patch_dim)`, *optional*): Patches of all images.
@@ -752,11 +895,15 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
                 1 where an image stands in the prompt, 2 where a video does, else 0: their order within a row. Without
                 it a row's images come before its videos.
             image_sample_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-                The row that each image belongs to. By default all media are of the only row, or one of each.
+                The row that each image belongs to, or the sample of a packed row, from 0. By default all media are of
+                the only row, or one of each.
             video_sample_ids (`torch.LongTensor` of shape `(num_videos,)`, *optional*): And each video.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute logits for the last `logits_to_keep` positions only (0: all), or for those that a 1-D tensor
                 lists.
+            skip_logits (`bool`, *optional*, defaults to `False`):
+                Return the loss alone, for which logits are computed where there are labels only, a chunk of positions
+                at a time: the same loss with less memory, for long texts.
 
         Raises:
             ValueError: where media, grids, rows and prompt do not match, naming both sides.
@@ -800,15 +947,23 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
             check_tensor("logits_to_keep", logits_to_keep, False, ("number of positions",))
         elif not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(f"`logits_to_keep` must be at least 0 or a 1-D tensor, got {logits_to_keep!r}.")
+        if skip_logits and labels is None:
+            raise ValueError("`skip_logits=True` leaves the loss alone, and needs `labels` for it.")
         slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, slice_indices, :])
+        hidden_states = outputs.last_hidden_state[:, slice_indices, :]
+        logits = None if skip_logits else self.lm_head(hidden_states)
 
         loss = None
         if labels is not None:
-            check_tensor("labels", labels, False, tuple(logits.shape[:2]))
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+            check_tensor("labels", labels, False, tuple(hidden_states.shape[:2]))
+            starts = starts_of_samples(position_ids, len(labels), attention_mask, past_key_values, use_cache)
+            if starts is not None:
+                labels = labels.masked_fill(starts[:, slice_indices].to(labels.device), -100)
+            kwargs["vocab_size"] = self.config.text_config.vocab_size
+            if skip_logits:
+                loss = loss_without_logits(self.lm_head, self.loss_function, hidden_states, labels, **kwargs)
+            else:
+                loss = self.loss_function(logits=logits, labels=labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

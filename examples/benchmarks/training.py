@@ -1,0 +1,205 @@
+# Copyright 2026 The transformers-vamba team
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Time and memory of a training step on long videos: Vamba-7B's shapes against Qwen2-VL-7B's.
+
+    python examples/benchmarks/training.py --frames 64,256,512,1024 --output results
+    python examples/benchmarks/training.py --lora --frames 512,1024,2048,4096,8192 --checkpointing parts,2,offload-2
+    torchrun --nproc-per-node 4 examples/benchmarks/training.py --frames 256
+
+One sample a step and a GPU: 640x360 frames and 66 tokens of text, all of which have labels; random weights in
+bfloat16, the vision tower frozen, all else trained (or LoRA on every linear layer of the decoder), gradients but no
+optimizer. After a first step, which tunes kernels and pins memory, the median of three is taken. `training.md` and
+`.json` in the output folder are written anew after every measurement. On a CPU the models are tiny, and the figures
+say nothing but that the program runs.
+
+`--checkpointing` says what Vamba keeps for the backward pass, as `gradient_checkpointing_enable` knows it: `parts`
+(the default: each layer's input), a number (one input for so many layers), `offload` or `offload-NUMBER` (the same in
+host memory), `reentrant` (whole layers, each computed again at once). Qwen2-VL keeps each layer's input.
+
+Under `torchrun` each process measures on its own first, then all together with FSDP2; `scaling` is the time of the one
+by that of the other.
+"""
+
+import argparse
+import gc
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from inference import (
+    attempt,
+    describe_machine,
+    load,
+    make_config,
+    make_pixels,
+    make_prompt,
+    make_text,
+    peak_gib,
+    reset_peak,
+    synchronize,
+    write_results,
+)
+from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import fully_shard
+
+
+NUM_STEPS = 3
+COLUMNS = {
+    "trained": ("trained", "{}"),
+    "checkpointing": ("checkpoints", "{}"),
+    "gpus": ("GPUs", "{}"),
+    "frames": ("frames a GPU", "{:,}"),
+    "video_tokens": ("video tokens", "{:,}"),
+    "step_s": ("a step, s", "{:.2f}"),
+    "peak_gib": ("peak GiB", "{:.1f}"),
+    "scaling": ("scaling", "{:.0%}"),
+    "note": ("", "{}"),
+}
+
+
+def prepare(name: str, attention: str, device: torch.device, lora: bool):
+    """The model, ready to train but for its checkpointing, and the patches of a frame."""
+    config, patches = make_config(name, tiny=device.type != "cuda")
+    model = load(config, attention, device)
+    model.model.visual.requires_grad_(False)
+    if lora:
+        target_modules = r".*language_model\.layers\..*(_proj)"
+        model = get_peft_model(model, LoraConfig(r=16, target_modules=target_modules))
+    return model.train(), patches
+
+
+def enable_checkpointing(model, form: str) -> None:
+    """What is kept for the backward pass: see the text at the top."""
+    place, _, layers = form.rpartition("-")
+    kwargs = {"use_reentrant": form == "reentrant"}
+    if layers.isdigit():
+        kwargs["layers_per_checkpoint"] = int(layers)
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable(kwargs, offload="offload" in (place, form))
+
+
+def make_inputs(model, num_frames: int, patches: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """A video and a text about it. Vamba takes its pixels from (pinned) host memory, the others have them at hand."""
+    is_vamba = model.config.model_type == "vamba"
+    inputs = make_pixels(model, num_frames, patches, "cpu" if is_vamba else str(model.device))
+    if is_vamba:
+        input_ids = make_text(model)
+        return {**inputs, "input_ids": input_ids, "labels": input_ids}
+    inputs["video_grid_thw"] = inputs["video_grid_thw"].to(model.device)
+    inputs |= make_prompt(model, inputs["video_grid_thw"])
+    labels = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] != 0, -100)
+    return {**inputs, "labels": labels}
+
+
+def step(model, inputs: dict[str, torch.Tensor]) -> float:
+    """Seconds for the loss and every gradient."""
+    model.zero_grad()
+    synchronize(model)
+    start = time.perf_counter()
+    loss = model(**inputs, use_cache=False).loss
+    loss.backward()
+    synchronize(model)
+    if not loss.isfinite():
+        raise FloatingPointError("the loss is not finite")
+    return time.perf_counter() - start
+
+
+def measure(model, num_frames: int, patches: tuple[int, int], row: dict) -> None:
+    """Fills the row."""
+    inputs = make_inputs(model, num_frames, patches)
+    step(model, inputs)
+    reset_peak(model)
+    row["step_s"] = statistics.median(step(model, inputs) for _ in range(NUM_STEPS))
+    row["peak_gib"] = peak_gib(model)
+    row["video_tokens"] = int(inputs["video_grid_thw"].prod()) // model.config.vision_config.spatial_merge_size**2
+
+
+def shard(model) -> None:
+    """FSDP2 with the units that Accelerate takes by default."""
+    units = set(model._no_split_modules)
+    for module in model.modules():
+        if type(module).__name__ in units:
+            fully_shard(module)
+    fully_shard(model)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", default="vamba,qwen2-vl")
+    parser.add_argument("--frames", help="default: 64,256,512,1024, and 8,16 on a CPU")
+    parser.add_argument("--checkpointing", default="parts,offload", help="what Vamba keeps, see above")
+    parser.add_argument("--lora", action="store_true", help="train LoRA adapters instead of all but the vision tower")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--attn", default="sdpa")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    args = parser.parse_args(arguments)
+    num_processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if num_processes > 1:
+        if args.lora:
+            parser.error("--lora is for one process")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    sizes = sorted(map(int, (args.frames or ("64,256,512,1024" if device.type == "cuda" else "8,16")).split(",")))
+    machine, rows, name = describe_machine(device), [], "training_lora" if args.lora else "training"
+    if num_processes > 1:
+        name = f"training_{num_processes}_gpus"
+    torch.manual_seed(rank)
+
+    for model_name in args.models.split(","):
+        for form in args.checkpointing.split(",") if model_name == "vamba" else ("layers",):
+            alone = {}
+            for gpus in sorted({1, num_processes}):
+                model, patches = prepare(model_name, args.attn, device, args.lora)
+                enable_checkpointing(model, form)
+                if gpus > 1:
+                    shard(model)
+                failed_at = None
+                for num_frames in sizes:
+                    row = {
+                        "model": model_name,
+                        "attention": args.attn,
+                        "trained": "LoRA" if args.lora else "text side",
+                    }
+                    row |= {"checkpointing": form, "gpus": gpus, "frames": num_frames}
+                    rows.append(row)
+                    if failed_at is not None:
+                        row["note"] = f"fails at {failed_at} frames"
+                        continue
+                    attempt(measure, model, num_frames, patches, row)
+                    if "note" in row:
+                        failed_at = num_frames
+                    elif gpus == 1:
+                        alone[num_frames] = row["step_s"]
+                    elif num_frames in alone:
+                        row["scaling"] = alone[num_frames] / row["step_s"]
+                    if rank == 0:
+                        write_results(args.output, machine, rows, name, COLUMNS)
+                del model
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+    if rank == 0:
+        write_results(args.output, machine, rows, name, COLUMNS)
+        print((args.output / f"{name}.md").read_text())
+    if num_processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
