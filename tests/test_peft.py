@@ -14,14 +14,18 @@
 """PEFT's tuners on a Vamba: start as the identity, train, save, load, merge and generate, with a video and without."""
 
 import copy
+import re
 from functools import lru_cache
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_vamba import make_media, make_text, tiny_model
+from safetensors.torch import load_file
+from tiny_vamba import make_media, make_text, tiny_config, tiny_model
 from torch import nn
+
+from transformers_vamba import lora_target_modules
+from transformers_vamba.peft_vamba import VambaPeftModel
 
 
 # Every linear layer of the decoder, the mixers' and the cross-attention's included.
@@ -29,6 +33,7 @@ DECODER = r".*language_model\.layers\.\d+\.(self_attn|cross_attn|mlp|vision_mixe
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "in_proj", "out_proj"}
 TUNERS = {
     "LoRA": peft.LoraConfig(r=4, target_modules="all-linear"),
+    "LoRA as recommended": peft.LoraConfig(r=4, target_modules=lora_target_modules(tiny_config())),
     "LoRA on names": peft.LoraConfig(r=4, target_modules=PROJECTIONS),
     "LoRA and embeddings": peft.LoraConfig(r=4, target_modules=["embed_tokens", "in_proj", "o_proj"]),
     "LoRA and a trained lm_head": peft.LoraConfig(r=4, target_modules=DECODER, modules_to_save=["lm_head"]),
@@ -198,31 +203,62 @@ def test_adapter_can_be_switched_off_and_a_second_one_on():
     torch.testing.assert_close(logits(model, "video"), first, atol=1e-6, rtol=0)
 
 
+def model_with_alpha() -> VambaPeftModel:
+    base = base_model()
+    torch.manual_seed(0)
+    return VambaPeftModel(base, peft.LoraConfig(r=4, target_modules=lora_target_modules(base.config)))
+
+
+def alphas_of(model) -> dict[str, torch.Tensor]:
+    return {name: alpha for name, alpha in model.named_parameters() if name.endswith(".alpha")}
+
+
 def test_alpha_trains_beside_an_adapter(tmp_path):
-    """
-    `alpha` is a parameter of the decoder layer and no module of its own: PEFT's `modules_to_save` finds modules alone,
-    and its `target_parameters` takes matrices alone. So it is unfrozen by hand, and saved next to the adapter.
-    """
-
-    def unfrozen_alphas(model):
-        alphas = {name: p for name, p in model.named_parameters() if name.endswith(".alpha")}
-        assert len(alphas) == 3
-        return {name: p.requires_grad_() for name, p in alphas.items()}
-
-    model = adapted_model("LoRA")
-    alphas = unfrozen_alphas(model)
-    before = {name: alpha.clone() for name, alpha in alphas.items()}
+    """PEFT alone loads what `VambaPeftModel` trained and saved."""
+    model = model_with_alpha()
+    before = {name: alpha.clone() for name, alpha in alphas_of(model).items()}
     train(model, "video")
-    assert all(alpha.grad.any() and not torch.equal(alpha, before[name]) for name, alpha in alphas.items())
+    assert len(before) == 3
+    assert all(a.grad.any() and not torch.equal(a, before[name]) for name, a in alphas_of(model).items())
 
     model.save_pretrained(tmp_path)
-    assert not any("alpha" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
-    save_file({name: alpha.detach() for name, alpha in alphas.items()}, tmp_path / "alphas.safetensors")
     loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path).eval()
-    loaded.load_state_dict(load_file(tmp_path / "alphas.safetensors"), strict=False)
     expected = logits(model, "video")
     torch.testing.assert_close(logits(loaded, "video"), expected, atol=1e-6, rtol=0)
+    goes_on = VambaPeftModel.from_pretrained(base_model(), tmp_path, is_trainable=True)
+    torch.testing.assert_close(alphas_of(goes_on), alphas_of(model), atol=0, rtol=0)
+    assert all(alpha.requires_grad for alpha in alphas_of(goes_on).values())
+    assert not any(p.requires_grad for p in VambaPeftModel.from_pretrained(base_model(), tmp_path).parameters())
     torch.testing.assert_close(logits(model.merge_and_unload(), "video"), expected, atol=1e-5, rtol=0)
+
+
+def test_alpha_is_saved_with_every_adapter_and_only_by_the_main_process(tmp_path):
+    model = model_with_alpha()
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["in_proj"]))
+    assert all(alpha.requires_grad for alpha in alphas_of(model).values())
+    model.save_pretrained(tmp_path / "worker", is_main_process=False)
+    assert not list(tmp_path.glob("worker/**/*.safetensors"))
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "one", selected_adapters=["second"])
+    for file in ("adapter_model", "second/adapter_model", "one/second/adapter_model"):
+        saved = load_file(tmp_path / f"{file}.safetensors")
+        assert alphas_of(model).keys() <= saved.keys(), file
+        assert any(".lora_A." in name for name in saved)
+    assert not (tmp_path / "one" / "adapter_model.safetensors").exists()
+
+
+def test_recommended_targets_are_every_linear_layer_of_the_decoder_that_is_read():
+    model = model_with_alpha()
+    linear = {name for name, module in base_model().named_modules() if isinstance(module, nn.Linear)}
+    read = {name for name in linear if ".language_model." in name and is_read(f".{name}.", "video")}
+    assert set(model.base_model.targeted_module_names) == read
+    train(model, "video", num_steps=2)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.any()) == parameter.requires_grad, name
+        assert not parameter.requires_grad or torch.isfinite(parameter.grad).all(), name
+    every_number = lora_target_modules(tiny_config(num_hidden_layers=13))
+    names = [f"model.language_model.layers.{i}.vision_mixer.mixer.in_proj" for i in range(13)]
+    assert [bool(re.fullmatch(every_number, name)) for name in names] == [True] * 12 + [False]
 
 
 @prompt_tuners

@@ -28,7 +28,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 import transformers_vamba
-from transformers_vamba import checks_vamba
+from transformers_vamba import VambaDataCollator, checks_vamba
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -121,36 +121,16 @@ def videos(tmp_path_factory) -> list[str]:
     return paths
 
 
-class VideoCollator:
-    """Rows of a prompt about a video file and its answer, by the processor; the answers are the labels."""
-
-    def __init__(self, processor):
-        self.processor = processor
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        texts = []
-        for row in rows:
-            messages = [user({"type": "video"}, {"type": "text", "text": row["question"]})]
-            prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-            texts.append((prompt, prompt + row["answer"] + self.processor.tokenizer.eos_token))
-        inputs = self.processor(
-            text=[text for _, text in texts],
-            videos=[[row["video"]] for row in rows],
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-        )
-        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-        for labels, (prompt, _) in zip(inputs["labels"], texts):
-            prompt = prompt.replace(self.processor.video_token, "")
-            labels[: len(self.processor.tokenizer(prompt).input_ids)] = -100
-        return inputs
-
-
 def video_rows(videos: list[str]) -> list[dict]:
+    answers = ["a red circle", "red", "a yellow triangle, then an orange cross", "3"]
     return [
-        {"video": video, "question": QUESTION, "answer": answer}
-        for video, answer in zip(videos, ["a red circle", "red", "a yellow triangle, then an orange cross", "3"])
+        {
+            "messages": [
+                user({"type": "video", "path": video}, {"type": "text", "text": QUESTION}),
+                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+            ]
+        }
+        for video, answer in zip(videos, answers)
     ]
 
 
@@ -245,15 +225,16 @@ def test_sft_with_lora(model, processor, arguments, gradient_checkpointing):
     assert all(".lora_" in name for name in train(trainer, has_media=True))
 
 
-def test_sft_on_video_files(model, processor, arguments, videos):
-    """As TRL's own examples do it: a collator of one's own, and the data set left as it is."""
+@pytest.mark.parametrize("packing", (False, True))
+def test_sft_on_video_files(model, processor, arguments, videos, packing):
+    """The data set is left as it is for the collator."""
     options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
     trainer = trl.SFTTrainer(
         model,
         args=trl.SFTConfig(**arguments | {"max_steps": 12}, **options),
         train_dataset=Dataset.from_list(video_rows(videos)),
         processing_class=processor,
-        data_collator=VideoCollator(processor),
+        data_collator=VambaDataCollator(processor, packing=packing),
     )
     train(trainer, has_media=True)
     losses = losses_of(trainer)
@@ -407,7 +388,7 @@ def video_trainer(model, processor, arguments, videos, **options):
         model,
         args=TrainingArguments(**arguments | same | {"train_sampling_strategy": "sequential"} | options),
         train_dataset=video_rows(videos),
-        data_collator=VideoCollator(processor),
+        data_collator=VambaDataCollator(processor),
         processing_class=processor,
     )
 

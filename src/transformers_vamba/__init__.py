@@ -26,9 +26,11 @@ from transformers import (
 
 from .cache_vamba import VambaCache
 from .configuration_vamba import VambaConfig, VambaTextConfig
+from .data_collator_vamba import VambaDataCollator
 from .forecast_vamba import VambaForecast, forecast_memory
 from .modeling_vamba import VambaForConditionalGeneration, VambaModel, VambaPreTrainedModel, VambaTextModel
 from .processing_vamba import VambaProcessor
+from .training_vamba import STAGE_PARTS, last_whole_checkpoint, lora_target_modules, train_parts
 from .video_processing_vamba import VambaVideoProcessor
 
 
@@ -45,8 +47,10 @@ AutoProcessor.register(VambaConfig, VambaProcessor)
 
 
 __all__ = [
+    "STAGE_PARTS",
     "VambaCache",
     "VambaConfig",
+    "VambaDataCollator",
     "VambaForConditionalGeneration",
     "VambaForecast",
     "VambaModel",
@@ -56,4 +60,7 @@ __all__ = [
     "VambaTextModel",
     "VambaVideoProcessor",
     "forecast_memory",
+    "last_whole_checkpoint",
+    "lora_target_modules",
+    "train_parts",
 ]
