@@ -413,7 +413,8 @@ class VambaTextModel(VambaPreTrainedModel):
     def encode_video(self, video_states: torch.Tensor, video_cache: list[VambaVideoLayer]) -> None:
         """Appends video tokens of shape `(1, num_tokens, hidden_size)` to one video of a cache, in every layer."""
         for decoder_layer, layer_cache in zip(self.layers, video_cache):
-            video_states = decoder_layer.encode_video(video_states, layer_cache)
+            # Accelerate brings to the device of a layer what its forward is given, and no more.
+            video_states = decoder_layer.encode_video(video_states.to(execution_device(decoder_layer)), layer_cache)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -544,11 +545,12 @@ class VambaTextModel(VambaPreTrainedModel):
         return hidden_states, video_states
 
 
-def execution_device(model: VambaPreTrainedModel) -> torch.device:
-    """The device on which a model computes: that of its parameters, or where Accelerate takes them from offload."""
-    if model.device.type != "meta":
-        return model.device
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+def execution_device(module: nn.Module) -> torch.device:
+    """The device on which a module computes: that of its parameters, or where Accelerate takes them from offload."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    hooks = (getattr(child, "_hf_hook", None) for child in module.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return torch.device(next((device for device in devices if device is not None), "meta"))
 

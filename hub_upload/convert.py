@@ -1,0 +1,211 @@
+# Copyright 2026 The transformers-vamba team
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Convert a Vamba checkpoint in the published layout into this package's, and check that both give the same logits.
+
+python hub_upload/convert.py TIGER-Lab/Vamba-Qwen2-VL-7B Vamba-7B
+
+The tensors are copied as they are, a shard at a time, in a few MB of memory. Stopped in the middle, the same command
+goes on where it stopped. The check runs with the weights on disk: a layer at a time is in memory.
+"""
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from checkpoint_folders import (
+    check_destination,
+    check_parameters,
+    find_checkpoint,
+    find_shards,
+    partial_folder,
+    put_in_place,
+    read_config,
+)
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+
+from transformers_vamba import VambaConfig, VambaForConditionalGeneration, VambaProcessor
+
+
+SOURCE_RECORD = "conversion_source.json"
+SAMPLE_QUESTION = "What happens?"
+
+# Accelerate does not offload a whole model: the last norm, which is small, stays.
+WEIGHTS_ON_DISK = {
+    "model.visual": "disk",
+    "model.language_model.embed_tokens": "disk",
+    "model.language_model.layers": "disk",
+    "model.language_model.norm": "cpu",
+    "model.language_model.rotary_emb": "cpu",
+    "lm_head": "disk",
+}
+
+
+def convert(source: Path, destination: Path, overwrite: bool = False) -> None:
+    """
+    Writes the checkpoint in `source`, in either layout, to `destination` in this package's layout.
+
+    Raises:
+        FileExistsError: where the destination exists and `overwrite` is not set, or is no model folder, or holds the
+            unfinished conversion of another source.
+        FileNotFoundError: where the source lacks a shard or its processor.
+        ValueError: where the source is no Vamba, its weights do not fit its configuration, or the result does not
+            give its logits.
+    """
+    check_destination(destination, overwrite, source)
+    config = read_config(source)
+    names = check_parameters(source, config)
+    processor = load_processor(source)
+    partial = partial_folder(destination)
+    start_or_resume(source, partial, overwrite)
+
+    for shard in tqdm(find_shards(source), desc="Shards"):
+        if not (partial / shard.name).is_file():
+            rename_parameters(shard, partial / shard.name, names)
+    if (source / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        index = json.loads((source / SAFE_WEIGHTS_INDEX_NAME).read_text())
+        index["weight_map"] = {names[name]: shard for name, shard in index["weight_map"].items()}
+        (partial / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    config.architectures = [VambaForConditionalGeneration.__name__]
+    config.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    save_generation_config(source, config, partial)
+
+    print("Comparing the logits of a sample")
+    check_same_logits(source, partial)
+    (partial / SOURCE_RECORD).unlink()
+    put_in_place(destination)
+
+
+def load_processor(checkpoint: Path) -> VambaProcessor:
+    """The processor of a checkpoint, tokenizer and chat template included; else a `FileNotFoundError`."""
+    try:
+        processor = VambaProcessor.from_pretrained(checkpoint)
+    except (OSError, ValueError, TypeError) as error:
+        raise FileNotFoundError(
+            f"{str(checkpoint)!r} lacks a processor or a tokenizer ({error}). Those of the Qwen2-VL checkpoint that "
+            "it was made from fit: copy preprocessor_config.json and the tokenizer's files beside its config.json."
+        ) from error
+    tokens = processor.tokenizer(SAMPLE_QUESTION)["input_ids"]
+    if processor.tokenizer.decode(tokens) != SAMPLE_QUESTION:  # Transformers makes up a tokenizer without a vocabulary
+        raise FileNotFoundError(
+            f"The tokenizer of {str(checkpoint)!r} does not know English: its vocabulary is missing. Copy "
+            "tokenizer.json of the Qwen2-VL checkpoint that it was made from."
+        )
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    if not processor.chat_template:
+        raise FileNotFoundError(
+            f"The processor of {str(checkpoint)!r} has no chat template: copy chat_template.json or "
+            "chat_template.jinja of the Qwen2-VL checkpoint that it was made from."
+        )
+    return processor
+
+
+def start_or_resume(source: Path, partial: Path, overwrite: bool) -> None:
+    """Makes the folder of an unfinished conversion, or finds that there is one of the same source, to go on with."""
+    shards = {shard.name: [shard.stat().st_size, shard.stat().st_mtime_ns] for shard in find_shards(source)}
+    record = json.dumps({"source": str(source.resolve()), "shards": shards}, indent=2)
+    if partial.exists() and (partial / SOURCE_RECORD).is_file():
+        if (partial / SOURCE_RECORD).read_text() == record:
+            print(f"Going on with {partial}")
+            return
+        if not overwrite:
+            raise FileExistsError(
+                f"{str(partial)!r} is the unfinished conversion of another checkpoint, or of one that has changed "
+                "since. Remove it, or pass --overwrite to begin anew."
+            )
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / SOURCE_RECORD).write_text(record)
+
+
+def rename_parameters(source: Path, target: Path, names: dict[str, str]) -> None:
+    """
+    Copies a safetensors file with other names for its tensors. Names stand in the header alone, a JSON object behind
+    its length (8 bytes, little-endian); the tensors behind it are copied byte by byte, never held in memory.
+    """
+    unfinished = target.with_name(target.name + ".unfinished")
+    with open(source, "rb") as reader, open(unfinished, "wb") as writer:
+        header = json.loads(reader.read(int.from_bytes(reader.read(8), "little")))
+        metadata = {"format": "pt", **header.pop("__metadata__", {})}
+        header = {"__metadata__": metadata, **{names[name]: entry for name, entry in header.items()}}
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)  # the tensors begin at a multiple of 8 bytes
+        writer.write(len(encoded).to_bytes(8, "little") + encoded)
+        shutil.copyfileobj(reader, writer, 2**24)
+    os.replace(unfinished, target)
+
+
+def save_generation_config(source: Path, config: VambaConfig, folder: Path) -> None:
+    if (source / GENERATION_CONFIG_NAME).is_file():
+        shutil.copyfile(source / GENERATION_CONFIG_NAME, folder / GENERATION_CONFIG_NAME)
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+
+def check_same_logits(source: Path, result: Path) -> None:
+    """Raises a `ValueError` unless both checkpoints give a sample, through their own processors, equal logits."""
+    expected = sample_logits(source)
+    gc.collect()  # Accelerate's hooks and their modules hold one another, and with them the files of the source
+    logits = sample_logits(result)
+    if not torch.allclose(logits, expected, rtol=0, atol=0, equal_nan=True):
+        raise ValueError(
+            f"{str(result)!r} and {str(source)!r} give logits that differ by up to "
+            f"{(logits - expected).abs().max().item():.2e}."
+        )
+
+
+@torch.no_grad()
+def sample_logits(checkpoint: Path) -> torch.Tensor:
+    """Logits of a question about a few frames of noise, with the weights on disk until each is needed."""
+    processor = load_processor(checkpoint)
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": SAMPLE_QUESTION}]}]
+    frames = torch.randint(256, (4, 3, 56, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    inputs = processor(
+        text=processor.apply_chat_template(messages, add_generation_prompt=True),
+        videos=[frames],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    with tempfile.TemporaryDirectory() as offload_folder:
+        model = VambaForConditionalGeneration.from_pretrained(
+            checkpoint, device_map=WEIGHTS_ON_DISK, offload_folder=offload_folder
+        )
+        return model(**inputs).logits.float()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder or Hub name of a checkpoint in the published layout")
+    parser.add_argument("destination", type=Path, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the destination if it exists")
+    args = parser.parse_args()
+    try:
+        convert(find_checkpoint(args.source), args.destination, args.overwrite)
+    except (OSError, ValueError, SafetensorError) as error:
+        sys.exit(f"Error: {error}")
+    print(f"Wrote {args.destination}")
+
+
+if __name__ == "__main__":
+    main()

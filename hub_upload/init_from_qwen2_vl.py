@@ -1,0 +1,75 @@
+# Copyright 2026 The transformers-vamba team
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Make a new Vamba from a Qwen2-VL checkpoint of any size, ready for the first stage of training.
+
+python hub_upload/init_from_qwen2_vl.py Qwen/Qwen2-VL-2B-Instruct Vamba-2B-init
+
+Cross-attention starts as a copy of self-attention, α at 0.5 and the mixers from their own initialisation. The model is
+in memory once, in the precision of its checkpoint.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from checkpoint_folders import check_destination, check_parameters, find_checkpoint, new_folder
+from convert import load_processor, save_generation_config
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, Qwen2VLForConditionalGeneration, set_seed
+
+from transformers_vamba import VambaForConditionalGeneration
+
+
+def init_from_qwen2_vl(source: Path, destination: Path, overwrite: bool = False) -> None:
+    """
+    Writes a new Vamba, its processor and its generation config to `destination`.
+
+    Raises:
+        FileExistsError: where the destination exists and `overwrite` is not set, or is no model folder.
+        FileNotFoundError: where the source lacks a shard or its processor.
+        ValueError: where the source is no Qwen2-VL, or its weights do not fit its configuration.
+    """
+    check_destination(destination, overwrite, source)
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type != "qwen2_vl" or hasattr(config, "vision_mamba_mixer_config"):
+        raise ValueError(
+            f"{str(source)!r} is no Qwen2-VL checkpoint: its config.json says model_type {config.model_type!r}, "
+            "expected 'qwen2_vl' without a Vamba mixer."
+        )
+    check_parameters(source, config, Qwen2VLForConditionalGeneration)
+    processor = load_processor(source)
+    set_seed(0)  # of the mixers
+    model = VambaForConditionalGeneration.from_qwen2_vl(source)
+    with new_folder(destination) as folder:
+        model.save_pretrained(folder, save_original_format=False, max_shard_size="5GB")
+        processor.save_pretrained(folder)
+        save_generation_config(source, model.config, folder)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder or Hub name of a Qwen2-VL checkpoint")
+    parser.add_argument("destination", type=Path, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the destination if it exists")
+    args = parser.parse_args()
+    try:
+        init_from_qwen2_vl(find_checkpoint(args.source), args.destination, args.overwrite)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        sys.exit(f"Error: {error}")
+    print(f"Wrote {args.destination}")
+
+
+if __name__ == "__main__":
+    main()
