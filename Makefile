@@ -15,9 +15,10 @@ lint: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt tests/lmms-eval.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	.venv/bin/python -m pip install -q --no-deps -r tests/lmms-eval.txt
 	touch $@
 
 # Only Transformers itself: it shares every other package with the newest version.

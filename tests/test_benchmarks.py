@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 
+import evaluation  # noqa: E402
 import inference  # noqa: E402
 
 
@@ -61,3 +62,12 @@ def test_the_profile_names_kernels(tmp_path, capsys):
     arguments = ["--device", "cpu", "--models", "vamba", "--frames", "4", "--profile", "4", "--output", str(tmp_path)]
     inference.main(arguments)
     assert "aten::" in (tmp_path / "profile_sdpa.txt").read_text()
+
+
+def test_evaluation_has_its_figures(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--frames", "4,6", "--questions", "3", "--output", str(tmp_path)]
+    evaluation.main(arguments)
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+    assert [(row["frames"], row["questions"]) for row in rows] == [(4, 3), (6, 3)]
+    assert all(row["ratio"] == row["one_by_one_s"] / row["together_s"] for row in rows)
+    assert (tmp_path / "evaluation.md").read_text() in capsys.readouterr().out

@@ -144,7 +144,7 @@ def open_video(file: BinaryIO):
     try:
         # A title that is not UTF-8 is no reason to refuse the video.
         container = av.open(file, options=options, metadata_errors="replace")
-    except (av.ArgumentError, OSError) as error:
+    except (av.FFmpegError, OSError) as error:
         if error.errno == errno.EINVAL:
             raise ValueError("it is no video, or a playlist that names further files") from error
         raise
