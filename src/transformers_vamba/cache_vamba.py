@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from .configuration_vamba import VambaTextConfig
 from .quantized_attention_vamba import QuantizedStates
-from .video_layers_vamba import VambaQuantizedVideoLayer, VambaVideoLayer
+from .video_layers_vamba import VambaVideoLayer, resolve_implementation
 
 
 CACHE_CONFIG_NAME = "cache_config.json"
@@ -43,15 +43,6 @@ _FIELDS_THAT_FIT = (
     "mamba_d_head",
     "mamba_n_groups",
 )
-
-
-# How the keys and values of videos are kept: the class of a layer, and whether it is offloaded to the host's memory.
-VIDEO_CACHE_IMPLEMENTATIONS = {
-    "dynamic": (VambaVideoLayer, False),
-    "quantized": (VambaQuantizedVideoLayer, False),
-    "offloaded": (VambaVideoLayer, True),
-    "offloaded_quantized": (VambaQuantizedVideoLayer, True),
-}
 
 
 class VambaCache(Cache):
@@ -74,6 +65,7 @@ class VambaCache(Cache):
             every token that is generated. `"offloaded_quantized"`: both.
 
     Attributes:
+        is_video_offloaded (`bool`): Whether the videos are kept in the host's memory.
         videos (`list[list[VambaVideoLayer]]`): The videos, and of each its decoder layers.
         rows (`list[int | None]`, *optional*):
             Index in `videos` of the video that each row of the batch reads, `None` for a row without one. Unset until
@@ -90,11 +82,7 @@ class VambaCache(Cache):
         video_cache_implementation: str | None = None,
     ):
         self.video_cache_implementation = video_cache_implementation or "dynamic"
-        if self.video_cache_implementation not in VIDEO_CACHE_IMPLEMENTATIONS:
-            raise ValueError(
-                f"`video_cache_implementation` must be one of {', '.join(map(repr, VIDEO_CACHE_IMPLEMENTATIONS))}, "
-                f"got {video_cache_implementation!r}."
-            )
+        self._video_layer_class, self.is_video_offloaded = resolve_implementation(self.video_cache_implementation)
         text_config = config.get_text_config(decoder=True)
         text_cache = DynamicCache(config=text_config) if text_cache is None else text_cache
         offloading = {"offloading": text_cache.offloading}
@@ -133,15 +121,11 @@ class VambaCache(Cache):
             )
         return self.get_max_length()
 
-    @property
-    def is_video_offloaded(self) -> bool:
-        """Whether the videos are kept in the host's memory."""
-        return VIDEO_CACHE_IMPLEMENTATIONS[self.video_cache_implementation][1]
-
     def add_video(self) -> int:
         """Makes room for one more video and returns its index in `videos`."""
-        layer_class, offloading = VIDEO_CACHE_IMPLEMENTATIONS[self.video_cache_implementation]
-        self.videos.append([layer_class(offloading) for _ in range(self.config.num_hidden_layers)])
+        self.videos.append(
+            [self._video_layer_class(self.is_video_offloaded) for _ in range(self.config.num_hidden_layers)]
+        )
         return len(self.videos) - 1
 
     def read_videos(
@@ -258,8 +242,8 @@ class VambaCache(Cache):
             VambaTextConfig(**content["text_config"]),
             video_cache_implementation=video_cache_implementation or saved_as,
         )
-        layer_class, offloading = VIDEO_CACHE_IMPLEMENTATIONS[cache.video_cache_implementation]
-        saved_class, _ = VIDEO_CACHE_IMPLEMENTATIONS[saved_as]
+        layer_class, offloading = cache._video_layer_class, cache.is_video_offloaded
+        saved_class, _ = resolve_implementation(saved_as)
         device = torch.device(device)
         cache.videos = [[] for _ in range(content["num_videos"])]
         cache.rows = content["rows"]

@@ -23,10 +23,9 @@ from transformers import PreTrainedModel
 from transformers.utils import requires_backends
 from transformers.video_utils import VideoMetadata
 
-from .cache_vamba import VIDEO_CACHE_IMPLEMENTATIONS
 from .configuration_vamba import VambaConfig, VambaTextConfig
 from .modeling_vamba import VambaForConditionalGeneration
-from .video_layers_vamba import VambaQuantizedVideoLayer
+from .video_layers_vamba import VambaQuantizedVideoLayer, resolve_implementation
 from .video_processing_vamba import VambaVideoProcessor, whole_patches
 from .video_reading_vamba import count_frames, describe_stream, errors_of, open_video
 from .video_segments_vamba import check_exists, complete_kwargs, open_source
@@ -133,11 +132,7 @@ def forecast_memory(
     """
     if not isinstance(model, (VambaConfig, VambaForConditionalGeneration)):
         raise TypeError(f"`model` must be a VambaConfig or a Vamba model, got {type(model).__name__}.")
-    if video_cache_implementation is not None and video_cache_implementation not in VIDEO_CACHE_IMPLEMENTATIONS:
-        raise ValueError(
-            f"`video_cache_implementation` must be one of {', '.join(map(repr, VIDEO_CACHE_IMPLEMENTATIONS))}, got "
-            f"{video_cache_implementation!r}."
-        )
+    layer_class, offloading = resolve_implementation(video_cache_implementation or "dynamic")
     if weight_bits not in (None, 4, 8):
         raise ValueError(f"`weight_bits` must be 4 or 8, got {weight_bits!r}.")
     for name, value in (("segment_frames", segment_frames), ("batch_size", batch_size)):
@@ -148,35 +143,22 @@ def forecast_memory(
     sampling = {name: value for name, value in (("num_frames", num_frames), ("fps", fps)) if value is not None}
     num_frames, grid = measure_video(getattr(processor, "video_processor", processor), video, sampling | videos_kwargs)
 
-    vision_config, text_config = config.vision_config, config.text_config
-    patches_per_step = math.prod(grid[1:])
-    num_tokens = grid[0] * patches_per_step // vision_config.spatial_merge_size**2
-    steps_at_once = min(grid[0], max(1, segment_frames // vision_config.temporal_patch_size))
-    patches_at_once = steps_at_once * patches_per_step
-    tokens_at_once = patches_at_once // vision_config.spatial_merge_size**2
-
-    layer_class, offloading = VIDEO_CACHE_IMPLEMENTATIONS[video_cache_implementation or "dynamic"]
+    num_tokens = math.prod(grid) // config.vision_config.spatial_merge_size**2
+    text_config = config.text_config
     is_quantized = issubclass(layer_class, VambaQuantizedVideoLayer)
-    cache_per_layer = num_tokens * cache_bytes_per_token(text_config, dtype, is_quantized)
-    video_cache = text_config.num_hidden_layers * cache_per_layer
+    video_layer = num_tokens * cache_bytes_per_token(text_config, dtype, is_quantized)
+    video_cache = text_config.num_hidden_layers * video_layer
+    text_layer = batch_size * (num_text_tokens + max_new_tokens) * cache_bytes_per_token(text_config, dtype, False)
+    text_cache = text_config.num_hidden_layers * text_layer
     cache_on_device = (0 if offloading else video_cache) + mixer_state_bytes(text_config, dtype)
-    # The first segment passes through the vision tower before there is a cache.
-    seeing = patches_at_once * vision_bytes_per_patch(config, dtype)
-    mixing = tokens_at_once * mixer_bytes_per_token(text_config, dtype)
-    cache_while_seeing = cache_on_device if steps_at_once < grid[0] else 0
-    encoding = max(cache_while_seeing + seeing, cache_on_device + mixing)
 
-    text_length = num_text_tokens + max_new_tokens
-    text_cache = (
-        text_config.num_hidden_layers * batch_size * text_length * cache_bytes_per_token(text_config, dtype, False)
-    )
-    # Of an offloaded video the layer that is read is on the device, and the next one.
-    reading = 2 * cache_per_layer if offloading else 0
-    if is_quantized:  # one head is brought back to full size
-        heads = text_config.num_key_value_heads
-        reading += num_tokens * cache_bytes_per_token(text_config, dtype, False) // heads
-    reading += batch_size * num_text_tokens * text_bytes_per_token(text_config, dtype)
-    answering = cache_on_device + text_cache + reading
+    answering = cache_on_device + text_cache
+    answering += batch_size * num_text_tokens * text_bytes_per_token(text_config, dtype)
+    if offloading:  # the layer that is read is on the device, and the next one
+        answering += 2 * video_layer
+    if is_quantized:  # a head of one layer is brought back to full size
+        head = cache_bytes_per_token(text_config, dtype, False) // text_config.num_key_value_heads
+        answering += num_tokens * head
     return VambaForecast(
         num_frames=num_frames,
         video_grid_thw=grid,
@@ -185,9 +167,24 @@ def forecast_memory(
         video_cache=video_cache,
         host_memory=video_cache if offloading else 0,
         text_cache=text_cache,
-        encoding=encoding + LIBRARY_WORKSPACE,
+        encoding=encoding_bytes(config, dtype, grid, segment_frames, cache_on_device) + LIBRARY_WORKSPACE,
         answering=answering + LIBRARY_WORKSPACE,
     )
+
+
+def encoding_bytes(
+    config: VambaConfig, dtype: torch.dtype, grid: tuple[int, int, int], segment_frames: int, cache_on_device: int
+) -> int:
+    """The most that cache and activations take together while a video of this grid is encoded by segments."""
+    num_steps, height, width = grid
+    steps_at_once = min(num_steps, max(1, segment_frames // config.vision_config.temporal_patch_size))
+    num_patches = steps_at_once * height * width
+    seeing = num_patches * vision_bytes_per_patch(config, dtype)
+    num_tokens = num_patches // config.vision_config.spatial_merge_size**2
+    mixing = num_tokens * mixer_bytes_per_token(config.text_config, dtype)
+    # The first segment passes through the vision tower before there is a cache.
+    cache_while_seeing = cache_on_device if steps_at_once < num_steps else 0
+    return max(cache_while_seeing + seeing, cache_on_device + mixing)
 
 
 def measure_video(

@@ -150,7 +150,7 @@ class VambaCrossAttention(Qwen2VLAttention):
             heads_per_key = self.num_heads // self.num_key_value_heads
             query = query.reshape(keys.shape[0], -1, keys.shape[1], heads_per_key, self.head_dim).transpose(1, 2)
             if isinstance(keys, QuantizedStates):
-                attn_output = attend_quantized(attend, query.flatten(2, 3), keys, values)
+                attn_output = attend_quantized(attend, query.flatten(2, 3), keys, values, self.scaling)
             else:
                 attn_output = attend(query.flatten(2, 3), keys, values)
             attn_output = attn_output.transpose(1, 2).unflatten(2, query.shape[2:4]).transpose(1, 2)

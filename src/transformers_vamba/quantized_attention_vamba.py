@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+from .quantized_kernel_vamba import attend, can_attend
+
 
 class QuantizedStates(NamedTuple):
     """
@@ -62,9 +64,11 @@ def attend_quantized(
     query: torch.Tensor,
     keys: QuantizedStates,
     values: QuantizedStates,
+    scaling: float,
 ) -> torch.Tensor:
     """
-    Attention without a mask over keys and values in 8 bits, of which a head at a time is brought back to full size.
+    Attention without a mask over keys and values in 8 bits. A head at a time is brought back to full size, except for
+    few queries on a CUDA device, which read the 8 bits (see `quantized_kernel_vamba`).
 
     What all keys have in common adds the same to every score of a query, which the softmax takes off again: the centre
     of the keys is left out. The weights of the values sum to 1: their centre is added to what comes out.
@@ -75,7 +79,11 @@ def attend_quantized(
             head_dim)`.
         query (`torch.Tensor` of shape `(1, num_heads, num_queries, head_dim)`): The queries of each head.
         keys (`QuantizedStates`), values (`QuantizedStates`): The video.
+        scaling (`float`): Factor of the scores.
     """
+    if can_attend(query):
+        outputs = attend(query, keys, values, scaling)
+        return (outputs + values.centre.transpose(1, 2)).to(query.dtype)
 
     def attend_head(head: int) -> torch.Tensor:
         one = slice(head, head + 1)

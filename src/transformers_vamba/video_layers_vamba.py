@@ -170,4 +170,28 @@ class VambaQuantizedVideoLayer(VambaVideoLayer):
         )
 
 
-__all__ = ["MambaState", "VambaQuantizedVideoLayer", "VambaVideoLayer"]
+# The ways to keep a video: the class of a layer, and whether it is offloaded to the host's memory.
+_IMPLEMENTATIONS = {
+    "dynamic": (VambaVideoLayer, False),
+    "quantized": (VambaQuantizedVideoLayer, False),
+    "offloaded": (VambaVideoLayer, True),
+    "offloaded_quantized": (VambaQuantizedVideoLayer, True),
+}
+
+
+def resolve_implementation(video_cache_implementation: str) -> tuple[type[VambaVideoLayer], bool]:
+    """
+    The class of the layers that keep a video in this way, and whether they are offloaded to the host's memory.
+
+    Raises:
+        ValueError: for a way that does not exist.
+    """
+    if video_cache_implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"`video_cache_implementation` must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got "
+            f"{video_cache_implementation!r}."
+        )
+    return _IMPLEMENTATIONS[video_cache_implementation]
+
+
+__all__ = ["MambaState", "VambaQuantizedVideoLayer", "VambaVideoLayer", "resolve_implementation"]
