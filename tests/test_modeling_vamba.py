@@ -17,6 +17,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_vamba import VISION_CONFIG, make_media, make_text, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Qwen2VLConfig
 from transformers import Qwen2VLForConditionalGeneration as Qwen2VL
@@ -238,6 +239,17 @@ def test_auto_classes(tmp_path, model):
     assert all(torch.equal(a, b) for a, b in zip(reloaded.state_dict().values(), model.state_dict().values()))
     with torch.no_grad():
         torch.testing.assert_close(reloaded(**make_row(3)).logits, model(**make_row(3)).logits)
+
+
+def test_load_state_dict_takes_what_is_saved(tmp_path, model):
+    """Under the published names, as `Trainer` does when it resumes."""
+    model.save_pretrained(tmp_path)
+    state_dict = load_file(tmp_path / "model.safetensors")
+    assert "visual.patch_embed.proj.weight" in state_dict and "model.embed_tokens.weight" in state_dict
+    other = VambaForConditionalGeneration(tiny_config())
+    other.load_state_dict(state_dict)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
+    other.load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize("offloaded", ("decoder", "vision tower", "everything"))

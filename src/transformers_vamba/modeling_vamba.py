@@ -28,6 +28,7 @@ Where no cache is kept (training), both streams go through the decoder layer by 
 import contextlib
 import itertools
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -65,6 +66,13 @@ from .cache_vamba import VambaCache
 from .checkpointing_vamba import plain_checkpoint, resolve_checkpointing, run_in_parts
 from .checks_vamba import check_no_media_expected, check_tensor, check_text
 from .configuration_vamba import VambaConfig, VambaTextConfig
+from .distributed_vamba import (
+    is_distributed,
+    is_sharded,
+    most_of_any_process,
+    smallest_medium,
+    zero_of_parameters,
+)
 from .loss_vamba import loss_without_logits
 from .media_vamba import Medium, count_tokens, group_media_by_row, pop_media, split_into_segments
 from .mixer_vamba import VambaMixer, VambaVisionMixer
@@ -430,6 +438,7 @@ class VambaTextModel(VambaPreTrainedModel):
         video_lengths: list[int] | None = None,
         rows: list[int | None] | None = None,
         sample_lengths: list[int] | None = None,
+        is_read: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -449,6 +458,8 @@ class VambaTextModel(VambaPreTrainedModel):
             rows (`list[int | None]`, *optional*): The video in `video_states` that each row reads.
             sample_lengths (`list[int]`, *optional*):
                 Number of text tokens of each sample, where samples are packed in one row; `rows` is theirs then.
+            is_read (`bool`, *optional*, defaults to `True`):
+                Whether what the rows read counts. Where not, every parameter runs and has a gradient of zero.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -473,6 +484,8 @@ class VambaTextModel(VambaPreTrainedModel):
         has_video = None
         if rows is None or all(row is None for row in rows):
             rows = None
+        elif not is_read:
+            has_video = torch.zeros(1, 1, 1, dtype=torch.bool, device=inputs_embeds.device)
         elif any(row is None for row in rows):
             has_video = torch.tensor([row is not None for row in rows], device=inputs_embeds.device).view(-1, 1, 1)
             if sample_lengths is not None:
@@ -522,7 +535,10 @@ class VambaTextModel(VambaPreTrainedModel):
                 hidden_states, video_states = self._gradient_checkpointing_func(run, hidden_states, video_states)
         else:
             with sdpa_kernel(BACKENDS_FOR_FEW_TOKENS, set_priority=True) if few_tokens else contextlib.nullcontext():
-                hidden_states, _ = run_layers(slice(None), hidden_states, video_states)
+                hidden_states, video_states = run_layers(slice(None), hidden_states, video_states)
+        if video_states is not None and self.training and torch.is_grad_enabled() and is_distributed():
+            # DDP waits for the gradient of every parameter, those of the last mixer that nobody reads among them.
+            hidden_states = hidden_states + zero_of_parameters(self.layers[-1].vision_mixer)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else text_cache,
@@ -650,8 +666,11 @@ class VambaModel(VambaPreTrainedModel):
         sample_lengths = lengths_of_samples(
             starts_of_samples(position_ids, len(inputs_embeds), attention_mask, past_key_values, use_cache)
         )
+        is_kept_together = sample_lengths is not None or (
+            past_key_values is None and not use_cache and is_sharded(self)
+        )
         if use_cache is None:
-            use_cache = self.config.text_config.use_cache and not self.training and sample_lengths is None
+            use_cache = self.config.text_config.use_cache and not self.training and not is_kept_together
         elif use_cache and self.training and self.language_model.gradient_checkpointing:
             logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing; no cache is kept.")
             use_cache = False
@@ -670,7 +689,7 @@ class VambaModel(VambaPreTrainedModel):
             mm_token_type_ids=mm_token_type_ids,
         )
         if any(media):
-            if sample_lengths is not None or (past_key_values is None and torch.is_grad_enabled() and not use_cache):
+            if is_kept_together or (past_key_values is None and torch.is_grad_enabled() and not use_cache):
                 kwargs.update(self._video_stream(media), sample_lengths=sample_lengths)
             else:
                 if not isinstance(past_key_values, VambaCache):
@@ -678,6 +697,9 @@ class VambaModel(VambaPreTrainedModel):
                 self.encode_media(media, past_key_values)
         elif past_key_values is None:
             check_no_media_expected(self.config, input_ids if self.training else None, mm_token_type_ids)
+            if is_sharded(self) or (self.training and torch.is_grad_enabled() and is_distributed()):
+                kwargs.update(self._video_stream([[smallest_medium(self.config.vision_config)]]), is_read=False)
+                kwargs["rows"] = [0] * len(inputs_embeds)
 
         return self.language_model(
             attention_mask=attention_mask,
@@ -711,7 +733,13 @@ class VambaModel(VambaPreTrainedModel):
             return self.embed_media(media)
         max_steps = SEGMENT_FRAMES // self.config.vision_config.temporal_patch_size
         embeds = []
-        for segment in split_into_segments(media, max_steps):
+        segments = list(split_into_segments(media, max_steps))
+        if is_sharded(self):
+            num_runs = most_of_any_process(len(segments), execution_device(self.language_model))
+            with torch.no_grad():
+                for _ in range(num_runs - len(segments)):
+                    self._run_tower([smallest_medium(self.config.vision_config)])
+        for segment in segments:
             with torch.no_grad():
                 outputs = self._run_tower(segment)
             embeds.append(self._merge(outputs.last_hidden_state) if trained else outputs.pooler_output)
@@ -733,6 +761,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = VambaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.register_load_state_dict_pre_hook(_rename_published)
         self.post_init()
 
     @classmethod
@@ -1022,11 +1051,22 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
 
 
 # Parameter names of the published research code (which are Qwen2-VL's), for `from_pretrained`.
-_RENAME_DECODER = WeightRenaming(r"^model(?!\.(language_model|visual))", "model.language_model")
-register_checkpoint_conversion_mapping("VambaModel", [_RENAME_DECODER], overwrite=True)
+_RENAME_DECODER = (r"^model(?!\.(language_model|visual))", "model.language_model")
+_RENAME_TOWER = (r"^visual", "model.visual")
+register_checkpoint_conversion_mapping("VambaModel", [WeightRenaming(*_RENAME_DECODER)], overwrite=True)
 register_checkpoint_conversion_mapping(
-    "VambaForConditionalGeneration", [WeightRenaming(r"^visual", "model.visual"), _RENAME_DECODER], overwrite=True
+    "VambaForConditionalGeneration", [WeightRenaming(*_RENAME_TOWER), WeightRenaming(*_RENAME_DECODER)], overwrite=True
 )
+
+
+def _rename_published(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args) -> None:
+    """For `load_state_dict`, by which `Trainer` goes on from what `save_pretrained` has written with these names."""
+    for key in list(state_dict):
+        if key.startswith(prefix):
+            name = key[len(prefix) :]
+            for pattern, replacement in (_RENAME_TOWER, _RENAME_DECODER):
+                name = re.sub(pattern, replacement, name)
+            state_dict[prefix + name] = state_dict.pop(key)
 
 
 __all__ = ["VambaForConditionalGeneration", "VambaModel", "VambaPreTrainedModel", "VambaTextModel"]

@@ -1,0 +1,67 @@
+# Copyright 2026 The transformers-vamba team
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Several processes, each with samples of its own, that exchange parameters or gradients: every one of them has to run
+the same parts of the model, whether its samples have images and videos or not, or the others wait for ever.
+"""
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from .media_vamba import Medium
+
+
+def is_distributed() -> bool:
+    """Whether there is more than this process."""
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the processes hold parts of the parameters, which come together as the modules run: FSDP or ZeRO-3."""
+    if not is_distributed():
+        return False
+    return is_deepspeed_zero3_enabled() or any(
+        isinstance(module, FSDPModule) or is_fsdp_managed_module(module) for module in model.modules()
+    )
+
+
+def most_of_any_process(count: int, device: torch.device) -> int:
+    """The greatest of the processes' counts. Waits for all of them."""
+    counts = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
+    return int(counts)
+
+
+def zero_of_parameters(module: nn.Module) -> torch.Tensor | int:
+    """Zero, with a gradient of zero for every whole parameter of the module that trains."""
+    whole = (parameter for parameter in module.parameters() if parameter.requires_grad and parameter.numel())
+    return sum(0 * parameter.sum() for parameter in whole if not isinstance(parameter, DTensor))
+
+
+def smallest_medium(vision_config) -> Medium:
+    """A video of one token, for a process that has none."""
+    merge_size = vision_config.spatial_merge_size
+    patch_dim = vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
+    return torch.zeros(merge_size**2, patch_dim), (1, merge_size, merge_size)
+
+
+__all__ = ["is_distributed", "is_sharded", "most_of_any_process", "smallest_medium", "zero_of_parameters"]
