@@ -17,7 +17,8 @@
 
 Weights and pixels are random; the shapes, 640x360 frames and 66 tokens of text, are real. `inference.md`, `.json` and
 `.png` in the output folder are written anew after every measurement. On a CPU the models are tiny, and the figures say
-nothing but that the program runs.
+nothing but that the program runs. `--memory-gb 24` asks about an hour as on a card of that size, with the weights in 8
+bits by torchao and the video in the host's memory.
 
 Vamba's pixel values lie in pinned host memory, from where `encode_video` fetches a segment at a time. The baselines
 take theirs at once, on the GPU, in bfloat16, and these count in their peak. Making pixels, loading, and a first run
@@ -28,20 +29,23 @@ import argparse
 import datetime
 import gc
 import importlib.metadata
+import itertools
 import json
 import math
 import platform
 import statistics
 import time
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import is_flash_attn_2_available
+from transformers.video_utils import VideoMetadata
 
-from transformers_vamba import VambaCache, VambaConfig
+from transformers_vamba import VambaCache, VambaConfig, VambaVideoProcessor, forecast_memory
 
 
 NUM_TEXT_TOKENS = 66
@@ -166,31 +170,45 @@ def reset_peak(model):
         torch.cuda.reset_peak_memory_stats()
 
 
-def encode(model, video: dict[str, torch.Tensor]) -> tuple[VambaCache, float]:
+def encode(model, video: dict[str, torch.Tensor], video_cache: str | None = None) -> tuple[VambaCache, float]:
     synchronize(model)
     start = time.perf_counter()
-    cache = model.encode_video(**video)
+    cache = model.encode_video(**video, video_cache_implementation=video_cache)
     synchronize(model)
     return cache, time.perf_counter() - start
 
 
+def forecast_gib(model, num_frames: int, video_cache: str | None) -> float:
+    """What `forecast_memory` expects as the peak of the first question."""
+    video = VideoMetadata(total_num_frames=num_frames, fps=1, height=360, width=640)
+    options = {"num_frames": num_frames, "video_cache_implementation": video_cache}
+    options |= {"num_text_tokens": NUM_TEXT_TOKENS, "max_new_tokens": NUM_NEW_TOKENS}
+    return forecast_memory(model, VambaVideoProcessor(), video, **options).peak / 2**30
+
+
 def measure_vamba(model, num_frames: int, patches: tuple[int, int], row: dict) -> None:
     """Fills the row: one question with the video, a further one, and many at once."""
+    video_cache = row.get("video_cache")
     # A whole segment and one of the last one's length tune every kernel.
-    warm_cache, _ = encode(model, make_pixels(model, min(num_frames, 64 + num_frames % 64), patches, "cpu"))
+    warm_cache, _ = encode(
+        model, make_pixels(model, min(num_frames, 64 + num_frames % 64), patches, "cpu"), video_cache
+    )
     for batch_size in (1, NUM_QUESTIONS):
         generate(model, make_text(model, batch_size), 3, past_key_values=warm_cache.fork())
     del warm_cache
     video = make_pixels(model, num_frames, patches, "cpu")
 
     reset_peak(model)
-    cache, row["encode_s"] = encode(model, video)
+    cache, row["encode_s"] = encode(model, video, video_cache)
+    del video
     times = generate(model, make_text(model), past_key_values=cache.fork())
     row |= {"first_token_s": row["encode_s"] + times[0], "peak_gib": peak_gib(model)}
+    if model.device.type == "cuda" and "weights" not in row:
+        row["forecast_gib"] = forecast_gib(model, num_frames, video_cache)
     row["decode_ms"] = milliseconds_a_token(times)
     row["video_tokens"] = cache.video_lengths[0]
     layers = cache.videos[0]
-    row["cache_gib"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) / 2**30
+    row["cache_gib"] = sum(layer.nbytes for layer in layers) / 2**30
     last_states = (layers[-1].keys[..., -1, :], layers[-1].values[..., -1, :], layers[0].mixer_state.ssm)
     if not all(state.isfinite().all() for state in last_states):
         row["note"] = "not finite"
@@ -205,6 +223,7 @@ def measure_vamba(model, num_frames: int, patches: tuple[int, int], row: dict) -
 
 def measure_compiled(model, num_frames: int, patches: tuple[int, int], row: dict) -> None:
     """Adds decoding by a compiled step, with a static cache for the text."""
+    reset_peak(model)
     cache, _ = encode(model, make_pixels(model, num_frames, patches, "cpu"))
     for _ in range(2):  # the first call compiles and captures
         times = generate(model, make_text(model), past_key_values=cache.fork(), cache_implementation="static")
@@ -248,6 +267,7 @@ COLUMNS = {
     "video_tokens": ("video tokens", "{:,}"),
     "first_token_s": ("first token, s", "{:.2f}"),
     "peak_gib": ("peak GiB", "{:.1f}"),
+    "forecast_gib": ("forecast", "{:.1f}"),
     "cache_gib": ("of which cache", "{:.1f}"),
     "decode_ms": ("a token, ms", "{:.1f}"),
     "compiled_decode_ms": ("compiled, ms", "{:.1f}"),
@@ -272,6 +292,12 @@ def describe_machine(device: torch.device) -> str:
     return f"{name}; {', '.join(versions)}; {datetime.date.today()}"
 
 
+def describe_model(row: dict) -> str:
+    options = [row["attention"]]
+    options += [f"{row[key]} {name}" for key, name in (("video_cache", "video"), ("weights", "weights")) if key in row]
+    return f"{NAMES[row['model']]}, {', '.join(options)}"
+
+
 def write_results(
     folder: Path, machine: str, rows: list[dict], name: str = "inference", columns: dict[str, tuple] = COLUMNS
 ) -> None:
@@ -282,11 +308,13 @@ def write_results(
     for row in rows:
         cells = ["–" if row.get(key) is None else form.format(row[key]) for key, (_, form) in columns.items()]
         cells[-1] = row.get("note", "")
-        lines.append(f"| {NAMES[row['model']]}, {row['attention']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {describe_model(row)} | " + " | ".join(cells) + " |")
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 
 def plot_results(folder: Path, machine: str, rows: list[dict]) -> None:
+    """The models as they are; other ways to keep the video are in the table."""
+    rows = [row for row in rows if "video_cache" not in row]
     try:
         import matplotlib
     except ImportError:
@@ -348,11 +376,35 @@ def reason_to_skip(row: dict, earlier_rows: list[dict], seconds_left: float) -> 
     return f"not run: some {expected:.0f} s" if expected > seconds_left / 2 else None
 
 
+def measure_ways(model, patches: tuple[int, int], ways, options: dict, rows: list[dict]) -> None:
+    """Adds a row for each way to keep the video, and number of frames."""
+    for video_cache, num_frames in ways:
+        rows.append({"model": "vamba", "video_cache": video_cache, "frames": num_frames, **options})
+        attempt(measure_vamba, model, num_frames, patches, rows[-1])
+
+
+@contextmanager
+def small_card(model, gigabytes: float):
+    """Weights in 8 bits, but for embedding and `lm_head`, and a GPU of `gigabytes`."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model.model, Int8WeightOnlyConfig())
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / torch.cuda.get_device_properties().total_memory)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", default=",".join(NAMES))
     parser.add_argument("--frames", help="default: 64,256,1024,2048,3600,10800, and 8,16 on a CPU")
     parser.add_argument("--compile-frames", help="sizes at which Vamba also decodes compiled; default: 1024 (0: none)")
+    parser.add_argument("--video-caches", default="quantized,offloaded", help="other ways to keep Vamba's videos")
+    parser.add_argument("--video-cache-frames", help="sizes at which they are measured; default: 1024 (0: none)")
+    parser.add_argument("--memory-gb", type=float, help="ask about 3,600 frames as on a GPU with so much memory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--attn", help="default: sdpa, and flash_attention_2 where it is installed")
     parser.add_argument("--minutes", type=float, default=math.inf, help="leave out what would take over half the rest")
@@ -364,6 +416,7 @@ def main(arguments: list[str] | None = None) -> None:
     is_cuda = device.type == "cuda"
     sizes = sorted(map(int, (args.frames or ("64,256,1024,2048,3600,10800" if is_cuda else "8,16")).split(",")))
     compiled_sizes = set(map(int, (args.compile_frames or ("1024" if is_cuda else "8")).split(",")))
+    cache_sizes = list(map(int, (args.video_cache_frames or ("1024" if is_cuda else "8")).split(",")))
     has_flash = is_cuda and is_flash_attn_2_available()
     attentions = (args.attn or ("sdpa,flash_attention_2" if has_flash else "sdpa")).split(",")
     machine, rows = describe_machine(device), []
@@ -396,6 +449,13 @@ def main(arguments: list[str] | None = None) -> None:
             for row in own_rows:
                 if is_vamba and row["frames"] in compiled_sizes and time.perf_counter() < deadline:
                     attempt(measure_compiled, model, row["frames"], patches, row)
+            if is_vamba and time.perf_counter() < deadline:
+                ways = itertools.product(args.video_caches.split(","), filter(None, cache_sizes))
+                measure_ways(model, patches, ways, {"attention": attention}, rows)
+            if is_vamba and args.memory_gb and time.perf_counter() < deadline:
+                options = {"attention": attention, "weights": "int8", "note": f"capped at {args.memory_gb:g} GB"}
+                with small_card(model, args.memory_gb):
+                    measure_ways(model, patches, [("offloaded", 3600), ("offloaded_quantized", 3600)], options, rows)
             write_results(args.output, machine, rows)
             plot_results(args.output, machine, rows)
             torch.compiler.reset()  # compiled steps and captured graphs hold the model
