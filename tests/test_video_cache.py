@@ -361,7 +361,7 @@ def test_kernel_of_eight_bits(num_heads, num_queries, head_dim, num_tokens, toke
     assert can_attend(query)
     error = relative_error(attend(query, keys, values, head_dim**-0.5), expected)
     print(f"relative error {error:.1e}")
-    assert error < 1e-2
+    assert error < 2e-2  # bfloat16 weights, of a mean of so many tokens that little is left of it
 
 
 @pytest.mark.gpu

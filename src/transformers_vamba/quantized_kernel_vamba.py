@@ -71,11 +71,11 @@ def attend(query: torch.Tensor, keys, values, scaling: float) -> torch.Tensor:
         num_queries,
         num_tokens,
         tokens_per_split,
-        scaling,
         *keys.codes.stride()[1:3],
         *keys.scales.stride()[1:3],
         *values.codes.stride()[1:3],
         *values.scales.stride()[1:3],
+        SCALING=scaling,
         HEAD_DIM=head_dim,
         BLOCK_QUERIES=block_queries,
         BLOCK_TOKENS=block_tokens,
@@ -98,7 +98,6 @@ if triton is not None:
         num_queries,
         num_tokens,
         tokens_per_split,
-        scaling,
         key_head_stride,
         key_token_stride,
         key_scale_head_stride,
@@ -107,6 +106,7 @@ if triton is not None:
         value_token_stride,
         value_scale_head_stride,
         value_scale_token_stride,
+        SCALING: tl.constexpr,  # a compiled caller would pass a float64
         HEAD_DIM: tl.constexpr,
         BLOCK_QUERIES: tl.constexpr,
         BLOCK_TOKENS: tl.constexpr,
@@ -134,7 +134,7 @@ if triton is not None:
             codes_ptr = key_codes_ptr + tokens[:, None] * key_token_stride + channels
             codes = tl.load(codes_ptr, mask=is_token[:, None], other=0).to(tl.float32).to(query.dtype)
             scales = tl.load(key_scales_ptr + tokens * key_scale_token_stride, mask=is_token, other=0.0)
-            scores = tl.dot(query, tl.trans(codes)) * (scales.to(tl.float32) * scaling)
+            scores = tl.dot(query, tl.trans(codes)) * (scales.to(tl.float32) * SCALING)
             scores = tl.where(is_token, scores, float("-inf"))
             new_largest = tl.maximum(largest, tl.max(scores, 1))
             decay = tl.exp(largest - new_largest)
