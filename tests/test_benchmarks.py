@@ -14,14 +14,19 @@
 """The benchmarks run, with tiny models. How fast says nothing here."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 
 import evaluation  # noqa: E402
 import inference  # noqa: E402
+import training  # noqa: E402
 
 
 def test_every_model_and_size_has_its_figures(tmp_path, capsys):
@@ -66,6 +71,7 @@ def test_the_profile_names_kernels(tmp_path, capsys):
     assert "aten::" in (tmp_path / "profile_sdpa.txt").read_text()
 
 
+<<<<<<< ours
 def test_evaluation_has_its_figures(tmp_path, capsys):
     arguments = ["--device", "cpu", "--frames", "4,6", "--questions", "3", "--output", str(tmp_path)]
     evaluation.main(arguments)
@@ -73,3 +79,25 @@ def test_evaluation_has_its_figures(tmp_path, capsys):
     assert [(row["frames"], row["questions"]) for row in rows] == [(4, 3), (6, 3)]
     assert all(row["ratio"] == row["one_by_one_s"] / row["together_s"] for row in rows)
     assert (tmp_path / "evaluation.md").read_text() in capsys.readouterr().out
+=======
+@pytest.mark.parametrize("lora", (False, True))
+def test_training(tmp_path, lora):
+    forms = ("parts", "offload-2")
+    options = ["--device", "cpu", "--frames", "4,8", "--checkpointing", ",".join(forms), *["--lora"] * lora]
+    training.main([*options, "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / ("training_lora.json" if lora else "training.json")).read_text())["rows"]
+    expected = [("vamba", form, n) for form in forms for n in (4, 8)] + [("qwen2-vl", "layers", n) for n in (4, 8)]
+    assert [(row["model"], row["checkpointing"], row["frames"]) for row in rows] == expected
+    assert all(row["step_s"] > 0 and row["video_tokens"] == row["frames"] // 2 * 6 for row in rows)
+    assert all("note" not in row for row in rows)
+
+
+def test_training_on_two_processes(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [training.__file__, "--device", "cpu", "--models", "vamba", "--frames", "8", "--checkpointing", "parts"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--output", str(tmp_path)], env=environment, check=True, timeout=240)
+    rows = json.loads((tmp_path / "training_2_gpus.json").read_text())["rows"]
+    assert [row["gpus"] for row in rows] == [1, 2]
+    assert rows[1]["scaling"] == pytest.approx(rows[0]["step_s"] / rows[1]["step_s"])
+>>>>>>> theirs

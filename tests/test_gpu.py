@@ -18,6 +18,8 @@ import torch
 from tiny_vamba import make_media, make_text, tiny_model
 from transformers.utils import is_flash_attn_2_available
 
+from transformers_vamba import mixer_vamba
+from transformers_vamba.checkpointing_vamba import HostCopy, OffloadedCheckpoint
 from transformers_vamba.mixer_vamba import VambaMixer
 
 
@@ -79,6 +81,27 @@ def test_gradients_agree_with_the_cpu(scan):
         else:
             error = (parameter.grad.cpu() - reference.grad).norm() / reference.grad.norm().clamp(min=1e-6)
             assert error < 2e-2, (name, error)
+
+
+@pytest.mark.parametrize("options", ({}, {"offload": True}))
+@pytest.mark.parametrize("kwargs", ({}, {"layers_per_checkpoint": 2}))
+def test_gradients_of_every_checkpointing_agree(scan, monkeypatch, kwargs, options):
+    """Stretches of 48 tokens, so that each video has several and one stretch has several videos."""
+    monkeypatch.setattr(mixer_vamba, "MAX_TOKENS_PER_PART", 48)
+    monkeypatch.setattr(OffloadedCheckpoint, "min_bytes", 0)
+    monkeypatch.setattr(HostCopy, "_PIECE_BYTES", 4096)
+    inputs = {name: value.cuda() for name, value in BATCH.items()}
+    inputs |= {"labels": inputs["input_ids"], "use_cache": False}
+    model, expected = tiny_model().cuda().train(), tiny_model().cuda().train()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(kwargs or None, **options)
+    expected(**inputs).loss.backward()
+    for _ in range(2):
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        for (name, parameter), reference in zip(model.named_parameters(), expected.parameters()):
+            if reference.grad is not None:
+                error = (parameter.grad - reference.grad).norm() / reference.grad.norm().clamp(min=1e-6)
+                assert error < 2e-2, (name, error)
 
 
 @pytest.mark.parametrize("kwargs", ({}, {"num_beams": 4}, {"cache_implementation": "static"}))

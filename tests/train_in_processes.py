@@ -143,6 +143,9 @@ def main():
     if trainer.is_world_process_zero():
         losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
         (args.folder / "losses.json").write_text(json.dumps({"train": losses, "eval": evaluation["eval_loss"]}))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # a process that leaves early takes the connections of the others with it
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
