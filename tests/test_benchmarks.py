@@ -71,7 +71,6 @@ def test_the_profile_names_kernels(tmp_path, capsys):
     assert "aten::" in (tmp_path / "profile_sdpa.txt").read_text()
 
 
-<<<<<<< ours
 def test_evaluation_has_its_figures(tmp_path, capsys):
     arguments = ["--device", "cpu", "--frames", "4,6", "--questions", "3", "--output", str(tmp_path)]
     evaluation.main(arguments)
@@ -79,7 +78,8 @@ def test_evaluation_has_its_figures(tmp_path, capsys):
     assert [(row["frames"], row["questions"]) for row in rows] == [(4, 3), (6, 3)]
     assert all(row["ratio"] == row["one_by_one_s"] / row["together_s"] for row in rows)
     assert (tmp_path / "evaluation.md").read_text() in capsys.readouterr().out
-=======
+
+
 @pytest.mark.parametrize("lora", (False, True))
 def test_training(tmp_path, lora):
     forms = ("parts", "offload-2")
@@ -100,4 +100,3 @@ def test_training_on_two_processes(tmp_path):
     rows = json.loads((tmp_path / "training_2_gpus.json").read_text())["rows"]
     assert [row["gpus"] for row in rows] == [1, 2]
     assert rows[1]["scaling"] == pytest.approx(rows[0]["step_s"] / rows[1]["step_s"])
->>>>>>> theirs

@@ -144,8 +144,9 @@ def main():
         losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
         (args.folder / "losses.json").write_text(json.dumps({"train": losses, "eval": evaluation["eval_loss"]}))
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # a process that leaves early takes the connections of the others with it
-        torch.distributed.destroy_process_group()
+        # All leave together, without Python's clearing up: now and then Gloo's threads abort or block there.
+        torch.distributed.barrier()
+        os._exit(0)
 
 
 if __name__ == "__main__":
