@@ -21,7 +21,7 @@ from tiny_vamba import make_media, make_text, tiny_model
 from transformers import CompileConfig, StaticCache
 
 from transformers_vamba import VambaCache, VambaConfig
-from transformers_vamba.modeling_vamba import VambaCrossAttention
+from transformers_vamba.decoder_vamba import VambaCrossAttention
 from transformers_vamba.quantized_attention_vamba import quantize
 from transformers_vamba.quantized_kernel_vamba import attend, can_attend
 from transformers_vamba.video_layers_vamba import VambaQuantizedVideoLayer

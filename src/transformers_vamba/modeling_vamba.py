@@ -40,22 +40,18 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VLAttention,
-    Qwen2VLDecoderLayer,
     Qwen2VLModel,
     Qwen2VLPreTrainedModel,
     Qwen2VLRotaryEmbedding,
-    eager_attention_forward,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
@@ -66,6 +62,7 @@ from .cache_vamba import VambaCache
 from .checkpointing_vamba import plain_checkpoint, resolve_checkpointing, run_in_parts
 from .checks_vamba import check_no_media_expected, check_tensor, check_text
 from .configuration_vamba import VambaConfig, VambaTextConfig
+from .decoder_vamba import VambaDecoderLayer
 from .distributed_vamba import (
     is_distributed,
     is_sharded,
@@ -73,11 +70,11 @@ from .distributed_vamba import (
     smallest_medium,
     zero_of_parameters,
 )
+from .generation_vamba import VambaGenerationMixin
 from .loss_vamba import loss_without_logits
-from .media_vamba import Medium, count_tokens, group_media_by_row, pop_media, split_into_segments
-from .mixer_vamba import VambaMixer, VambaVisionMixer
+from .media_vamba import Medium, count_tokens, group_media_by_row, split_into_segments
+from .mixer_vamba import VambaMixer
 from .packing_vamba import lengths_of_samples, split_marks, starts_of_samples
-from .quantized_attention_vamba import QuantizedStates, attend_quantized
 from .video_layers_vamba import VambaVideoLayer
 from .vision_vamba import VambaVisionModel
 
@@ -98,232 +95,6 @@ BACKENDS_FOR_FEW_TOKENS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.MATH,
 ]
-
-# A run of text tokens, through the rows of a batch: how many they are, and the keys and values of the videos that they
-# read, of shape `(num_videos, num_key_value_heads, num_tokens, head_dim)`: as many text tokens each. `None` where they
-# read nothing.
-VideoStates = torch.Tensor | QuantizedStates
-VideoRead = tuple[int, VideoStates | None, VideoStates | None]
-
-
-class VambaCrossAttention(Qwen2VLAttention):
-    """
-    Attention of the text over a video: no mask, no positions. The rows of the batch, or samples of a packed row, that
-    read one video, and the heads that share a key, are folded into the query dimension, so keys and values are neither
-    masked, padded nor repeated.
-    """
-
-    def __init__(self, config: VambaTextConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.is_causal = False
-        self.num_key_value_groups = 1  # as the attention implementations see it
-
-    def project_video(self, video_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, `(1, num_key_value_heads, num_tokens, head_dim)`, of `(1, num_tokens, hidden_size)`."""
-        shape = (1, video_states.shape[1], -1, self.head_dim)
-        keys = self.k_proj(video_states).view(shape).transpose(1, 2)
-        values = self.v_proj(video_states).view(shape).transpose(1, 2)
-        return keys, values
-
-    def forward(self, hidden_states: torch.Tensor, reads: list[VideoRead]) -> torch.Tensor:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The normed text.
-            reads (`list[VideoRead]`): What the tokens read, in order; zeros come back for those that read nothing.
-        """
-        query_states = self.q_proj(hidden_states).flatten(0, 1)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-
-        def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-            attn_output, _ = attention_interface(
-                self,
-                query,
-                keys,
-                values,
-                None,
-                dropout=0.0 if not self.training else self.attention_dropout,
-                scaling=self.scaling,
-                is_causal=False,
-            )
-            return attn_output
-
-        outputs = []
-        for query, (_, keys, values) in zip(query_states.split([num_tokens for num_tokens, *_ in reads]), reads):
-            if keys is None:
-                outputs.append(torch.zeros_like(query))
-                continue
-            # (num_videos, num_key_value_heads, num_tokens, heads that share a key, head_dim)
-            heads_per_key = self.num_heads // self.num_key_value_heads
-            query = query.reshape(keys.shape[0], -1, keys.shape[1], heads_per_key, self.head_dim).transpose(1, 2)
-            if isinstance(keys, QuantizedStates):
-                attn_output = attend_quantized(attend, query.flatten(2, 3), keys, values, self.scaling)
-            else:
-                attn_output = attend(query.flatten(2, 3), keys, values)
-            attn_output = attn_output.transpose(1, 2).unflatten(2, query.shape[2:4]).transpose(1, 2)
-            outputs.append(attn_output.reshape(-1, query_states.shape[-1]))
-        return self.o_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view(hidden_states.shape)
-
-
-class VambaDecoderLayer(Qwen2VLDecoderLayer):
-    """
-    One layer of both streams (`α` is `alpha`, kept in [0, 1]):
-
-        text:  h += α * self_attn(n) + (1 - α) * cross_attn(n, v),  n = input_layernorm(h)
-               h += mlp(post_attention_layernorm(h))
-        video: v += vision_mixer(v)
-
-    The keys and values are of `v` as it enters the layer. The last layer's mixer has weights in the checkpoint, but
-    nobody reads what it would give, so it does not run.
-    """
-
-    def __init__(self, config: VambaTextConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.layer_idx = layer_idx
-        # One kernel instead of Qwen2-VL's eight: a decoding step is made of little else than launching kernels.
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.cross_attn = VambaCrossAttention(config, layer_idx)
-        self.alpha = nn.Parameter(torch.full((1,), 0.5))
-        self.vision_mixer = VambaVisionMixer(config)
-        self.updates_video = layer_idx < config.num_hidden_layers - 1
-        self.checkpoint_part: Callable | None = None  # the function that checkpoints its parts in training
-
-    def encode_video(self, video_states: torch.Tensor, layer_cache: VambaVideoLayer) -> torch.Tensor:
-        """
-        The video's half alone: appends the keys and values of `(1, num_tokens, hidden_size)` to the cache, moves its
-        mixer state on, and returns the tokens for the next layer.
-        """
-        layer_cache.update(*self.cross_attn.project_video(video_states))
-        if self.updates_video:
-            video_states, layer_cache.mixer_state = self.vision_mixer(
-                video_states, [video_states.shape[1]], layer_cache.mixer_state
-            )
-        return video_states
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        video_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        video_lengths: list[int] | None = None,
-        video_cache: VambaCache | None = None,
-        rows: list[int | None] | None = None,
-        sample_lengths: list[int] | None = None,
-        has_video: torch.Tensor | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The text.
-            video_states (`torch.Tensor` of shape `(1, num_tokens, hidden_size)`, *optional*):
-                The videos, one behind the other, where they go through the decoder together with the text.
-            attention_mask (`torch.Tensor`, *optional*): Mask of the self-attention, as the implementation wants it.
-            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Text positions.
-            past_key_values ([`Cache`], *optional*): The text's cache.
-            position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines of the text positions.
-            video_lengths (`list[int]`, *optional*): Number of tokens of each video in `video_states`.
-            video_cache ([`VambaCache`], *optional*): The cache of the videos, where they have been encoded before.
-            rows (`list[int | None]`, *optional*): The video that each row reads; `None` where no row reads any.
-            sample_lengths (`list[int]`, *optional*):
-                Number of text tokens of each sample, where samples are packed in one row; `rows` is theirs then.
-            has_video (`torch.BoolTensor` of shape `(batch_size, 1, 1)` or `(1, sequence_length, 1)`, *optional*):
-                Which rows, or tokens of a packed row, read a video; `None` where all do.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor | None]`: Text and video for the next layer.
-        """
-        # Whole layers that are checkpointed, by `use_reentrant=True` for one, come here within their checkpoint.
-        checkpoint = self.checkpoint_part if self.training and torch.is_grad_enabled() else None
-        update_text = partial(
-            self._update_text,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            position_embeddings=position_embeddings,
-            video_lengths=video_lengths,
-            video_cache=video_cache,
-            rows=rows,
-            sample_lengths=sample_lengths,
-            has_video=has_video,
-            **kwargs,
-        )
-        run = update_text if checkpoint is None else partial(checkpoint, update_text)
-        hidden_states = run(hidden_states, video_states)
-        if video_states is not None and self.updates_video:
-            video_states, _ = self.vision_mixer(video_states, video_lengths, checkpoint=checkpoint)
-        return hidden_states, video_states
-
-    def _update_text(
-        self,
-        hidden_states: torch.Tensor,
-        video_states: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
-        past_key_values: Cache | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-        video_lengths: list[int] | None,
-        video_cache: VambaCache | None,
-        rows: list[int | None] | None,
-        sample_lengths: list[int] | None,
-        has_video: torch.Tensor | None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """The text's half, with the arguments of `forward`."""
-        residual = hidden_states
-        hidden_states = self.input_layernorm(hidden_states)
-        attn_output, _ = self.self_attn(
-            hidden_states=hidden_states,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
-        if rows is not None:
-            text_lengths = [hidden_states.shape[1]] * len(rows) if sample_lengths is None else sample_lengths
-            if video_states is not None:
-                reads = self._read_stream(video_states, video_lengths, rows, text_lengths)
-            else:
-                reads = _read_videos(video_cache.read_videos(self.layer_idx, rows), rows, text_lengths)
-            cross_output = self.cross_attn(hidden_states, reads)
-            alpha = self.alpha.clamp(0, 1)
-            if torch.is_grad_enabled():
-                # Straight-through: the clamped value forwards, the gradient as if there were no clamp.
-                alpha = self.alpha + (alpha - self.alpha).detach()
-            if has_video is not None:
-                alpha = torch.where(has_video, alpha, torch.ones_like(alpha))
-            attn_output = torch.lerp(cross_output, attn_output, alpha.to(attn_output.dtype))
-        hidden_states = residual + attn_output
-
-        residual = hidden_states
-        return residual + self.mlp(self.post_attention_layernorm(hidden_states))
-
-    def _read_stream(
-        self, video_states: torch.Tensor, video_lengths: list[int], rows: list[int | None], text_lengths: list[int]
-    ) -> list[VideoRead]:
-        """What the rows read of videos that come with them, `(1, num_tokens, hidden_size)`."""
-        keys, values = self.cross_attn.project_video(video_states)
-        if rows == list(range(len(video_lengths))) and len(set(video_lengths)) == len(set(text_lengths)) == 1:
-            # As many videos as rows, all of one length: a batch, by a change of view.
-            keys, values = (x[0].unflatten(1, (len(rows), -1)).transpose(0, 1) for x in (keys, values))
-            return [(sum(text_lengths), keys, values)]
-        videos = list(zip(keys.split(video_lengths, dim=2), values.split(video_lengths, dim=2)))
-        return _read_videos(videos, rows, text_lengths)
-
-
-def _read_videos(
-    videos: list[tuple[VideoStates, VideoStates] | None], rows: list[int | None], text_lengths: list[int]
-) -> list[VideoRead]:
-    """What the rows read of videos held one by one: a read for consecutive rows of one video."""
-    return [
-        (sum(length for _, length in run), *((None, None) if video is None else videos[video]))
-        for video, run in itertools.groupby(zip(rows, text_lengths), key=lambda row: row[0])
-    ]
 
 
 class VambaPreTrainedModel(Qwen2VLPreTrainedModel):
@@ -523,7 +294,7 @@ class VambaTextModel(VambaPreTrainedModel):
             video_lengths=video_lengths,
             video_cache=video_cache,
             rows=rows,
-            sample_lengths=sample_lengths,
+            text_lengths=sample_lengths or [sequence_length] * batch_size,
             has_video=has_video,
             **kwargs,
         )
@@ -753,7 +524,7 @@ class VambaModel(VambaPreTrainedModel):
         return self.visual._gradient_checkpointing_func(self.visual.merger, hidden_states.requires_grad_())
 
 
-class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
+class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -1002,52 +773,6 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _expand_inputs_for_generation(self, *args, **model_kwargs):
-        # Beams and samples share their images and videos, which go into the cache before anything is repeated.
-        media = pop_media(model_kwargs)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(*args, **model_kwargs)
-        return input_ids, model_kwargs | media
-
-    def _validate_model_kwargs(self, model_kwargs):
-        model_kwargs.pop("video_cache_implementation", None)  # for the cache, not for `forward`
-        super()._validate_model_kwargs(model_kwargs)
-
-    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        # Bringing videos from the host's memory cannot be part of a CUDA graph, and takes longer than one would save.
-        cache = model_kwargs.get("past_key_values")
-        is_offloaded = isinstance(cache, VambaCache) and cache.is_video_offloaded
-        return not is_offloaded and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
-        encoded = model_kwargs.get("past_key_values")
-        implementation = model_kwargs.pop("video_cache_implementation", None)
-        if isinstance(encoded, VambaCache):
-            encoded.check_video_cache_implementation(implementation)
-            implementation = encoded.video_cache_implementation
-        if generation_config.cache_implementation is not None and isinstance(encoded, VambaCache):
-            # A cache with videos alone leaves open which kind of cache the text gets.
-            if encoded.get_seq_length() == 0:
-                del model_kwargs["past_key_values"]
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-        media = group_media_by_row(batch_size, self.config.vision_config, **pop_media(model_kwargs))
-        cache = model_kwargs.get("past_key_values")
-        if cache is None and not any(media):
-            return
-        if not isinstance(cache, VambaCache):
-            cache = VambaCache(self.config, cache, implementation)
-            if isinstance(encoded, VambaCache):
-                cache.videos, cache.rows = encoded.videos, encoded.rows
-        self.model.encode_media(media, cache)
-        num_copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-        cache.rows = [row for row in cache.rows for _ in range(num_copies)]
-        if cache.is_compileable:
-            cache.mark_static_videos()
-        model_kwargs["past_key_values"] = cache
 
 
 # Parameter names of the published research code (which are Qwen2-VL's), for `from_pretrained`.
