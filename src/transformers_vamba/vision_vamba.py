@@ -29,15 +29,28 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     apply_rotary_pos_emb_vision,
     eager_attention_forward,
 )
-from transformers.utils import is_triton_available
+from transformers.utils import is_triton_available, logging
 
+
+logger = logging.get_logger(__name__)
 
 _compile = functools.cache(torch.compile)
+_cannot_compile: set[Callable] = set()
 
 
 def call_fused(function: Callable, *args):
-    """Calls a function that works element by element: on a CUDA device as one kernel, where there is Triton."""
-    return (_compile(function) if args[-1].is_cuda and is_triton_available() else function)(*args)
+    """
+    Calls a function that works element by element: on a CUDA device as one kernel, where PyTorch can compile it, which
+    takes Triton and a C compiler.
+    """
+    if not args[-1].is_cuda or not is_triton_available() or function in _cannot_compile:
+        return function(*args)
+    try:
+        return _compile(function)(*args)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        logger.warning(f"`{function.__name__}` cannot be compiled, and is slower for it: {error}")
+        _cannot_compile.add(function)
+        return function(*args)
 
 
 def activate(activation: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
