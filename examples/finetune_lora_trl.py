@@ -8,7 +8,7 @@ The folder holds the videos and a `metadata.jsonl`, a line for each question:
 
 All arguments of TRL's `SFTConfig` are arguments of this program as well. Called again with the same `--output_dir`, it
 goes on from the last checkpoint there. With `accelerate launch`, several GPUs share the batches, each with the whole
-model. On a CPU, add `--use_cpu`.
+model.
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from transformers_vamba import VambaDataCollator, last_whole_checkpoint, lora_target_modules
@@ -41,12 +42,13 @@ class FinetuningArguments:
 
 @dataclass
 class AdapterConfig(SFTConfig):
-    """TRL's, with what suits an adapter, and with the rows left as they are for the collator."""
+    """TRL's, with what suits an adapter and the machine, and with the rows left as they are for the collator."""
 
     learning_rate: float = 1e-4
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03
     per_device_train_batch_size: int = 1
+    bf16: bool | None = is_torch_bf16_gpu_available()
     remove_unused_columns: bool = False
     dataset_kwargs: dict | str | None = field(default_factory=lambda: {"skip_prepare_dataset": True})
 
