@@ -19,6 +19,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VLAttention,
@@ -30,6 +31,7 @@ from .cache_vamba import VambaCache
 from .configuration_vamba import VambaTextConfig
 from .mixer_vamba import VambaVisionMixer
 from .quantized_attention_vamba import QuantizedStates, attend_quantized
+from .sequence_parallel_vamba import attend_across_ranks, state_of_earlier_ranks
 from .video_layers_vamba import VambaVideoLayer
 
 
@@ -59,11 +61,17 @@ class VambaCrossAttention(Qwen2VLAttention):
         values = self.v_proj(video_states).view(shape).transpose(1, 2)
         return keys, values
 
-    def forward(self, hidden_states: torch.Tensor, reads: list[VideoRead]) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        reads: list[VideoRead],
+        sequence_parallel_group: ProcessGroup | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The normed text.
             reads (`list[VideoRead]`): What the tokens read, in order; zeros come back for those that read nothing.
+            sequence_parallel_group (`ProcessGroup`, *optional*): The processes that hold a part of the video each.
         """
         query_states = self.q_proj(hidden_states).flatten(0, 1)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -71,6 +79,9 @@ class VambaCrossAttention(Qwen2VLAttention):
         )
 
         def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            if sequence_parallel_group is not None:
+                output = attend_across_ranks(query, keys, values, self.scaling, sequence_parallel_group)
+                return output.transpose(1, 2)
             attn_output, _ = attention_interface(
                 self,
                 query,
@@ -141,6 +152,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         hidden_states: torch.Tensor,
         video_states: torch.Tensor | None = None,
         video_lengths: list[int] | None = None,
+        sequence_parallel_group: ProcessGroup | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -149,6 +161,8 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
             video_states (`torch.Tensor` of shape `(1, num_tokens, hidden_size)`, *optional*):
                 The videos, one behind the other, where they go through the decoder together with the text.
             video_lengths (`list[int]`, *optional*): Number of tokens of each video in `video_states`.
+            sequence_parallel_group (`ProcessGroup`, *optional*):
+                The processes whose `video_states` are consecutive stretches of one video.
             kwargs: See `update_text`.
 
         Returns:
@@ -156,11 +170,16 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         """
         # Whole layers that are checkpointed, by `use_reentrant=True` for one, come here within their checkpoint.
         checkpoint = self.checkpoint_part if self.training and torch.is_grad_enabled() else None
-        update_text = partial(self.update_text, video_lengths=video_lengths, **kwargs)
+        update_text = partial(
+            self.update_text, video_lengths=video_lengths, sequence_parallel_group=sequence_parallel_group, **kwargs
+        )
         run = update_text if checkpoint is None else partial(checkpoint, update_text)
         hidden_states = run(hidden_states, video_states)
         if video_states is not None and self.updates_video:
-            video_states, _ = self.vision_mixer(video_states, video_lengths, checkpoint=checkpoint)
+            state = None
+            if sequence_parallel_group is not None:
+                state = state_of_earlier_ranks(self.vision_mixer, video_states, sequence_parallel_group, checkpoint)
+            video_states, _ = self.vision_mixer(video_states, video_lengths, state, checkpoint)
         return hidden_states, video_states
 
     def update_text(
@@ -172,13 +191,14 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         rows: list[int | None] | None = None,
         text_lengths: list[int] | None = None,
         has_video: torch.Tensor | None = None,
+        sequence_parallel_group: ProcessGroup | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """
         The text's half.
 
         Args:
-            hidden_states, video_states, video_lengths: As in `forward`.
+            hidden_states, video_states, video_lengths, sequence_parallel_group: As in `forward`.
             video_cache ([`VambaCache`], *optional*): The cache of the videos, where they have been encoded before.
             rows (`list[int | None]`, *optional*):
                 The video that each row, or sample of a packed row, reads; `None` where none reads any.
@@ -195,7 +215,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
                 reads = self._read_stream(video_states, video_lengths, rows, text_lengths)
             else:
                 reads = _read_videos(video_cache.read_videos(self.layer_idx, rows), rows, text_lengths)
-            cross_output = self.cross_attn(hidden_states, reads)
+            cross_output = self.cross_attn(hidden_states, reads, sequence_parallel_group)
             alpha = self.alpha.clamp(0, 1)
             if torch.is_grad_enabled():
                 # Straight-through: the clamped value forwards, the gradient as if there were no clamp.

@@ -129,9 +129,7 @@ class VambaMixer(nn.Module):
         Returns:
             `tuple[torch.Tensor, MambaState]`: The mixed tokens, of the same shape, and the state behind the last one.
         """
-        gate, conv_inputs, dt = self.in_proj(hidden_states).split(
-            [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
-        )
+        gate, conv_inputs, dt = self._project(hidden_states)
         if self.use_kernels(hidden_states.device):
             outputs, state = self._scan(conv_inputs, dt, state, lengths)
             outputs = _gated_rms_norm(
@@ -152,6 +150,28 @@ class VambaMixer(nn.Module):
                 state = None
             outputs, state = self.norm(torch.cat(outputs, dim=1), gate), last_state
         return self.out_proj(outputs), state
+
+    def conv_inputs(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The inputs of the convolution, `(1, num_tokens, conv_dim)`, of `(1, num_tokens, hidden_size)`."""
+        return self._project(hidden_states)[1]
+
+    @force_accelerate_hooks(["conv1d"])
+    def summarize(self, hidden_states: torch.Tensor, state: MambaState) -> tuple[MambaState, torch.Tensor]:
+        """
+        What one sequence of `(1, num_tokens, hidden_size)` makes of a state, without its outputs.
+
+        Returns:
+            `tuple[MambaState, torch.Tensor]`: The state behind the last token, and the logarithm of the part of the
+            recurrent state in front that is left in it, float32 of shape `(num_heads,)`.
+        """
+        _, conv_inputs, dt = self._project(hidden_states)
+        _, state = self._scan(conv_inputs, dt, state, [dt.shape[1]])
+        time = nn.functional.softplus(dt.float() + self.dt_bias.float()).sum(dim=(0, 1))
+        return state, -torch.exp(self.A_log.float()) * time
+
+    def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The gate, the inputs of the convolution, and the time steps before their bias."""
+        return self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
 
     def _scan(
         self, conv_inputs: torch.Tensor, dt: torch.Tensor, state: MambaState | None, lengths: list[int]
@@ -245,10 +265,7 @@ class VambaVisionMixer(nn.Module):
             state ([`MambaState`], *optional*): Where the first sequence left off, if it has begun before.
             checkpoint (`Callable`, *optional*): Runs a stretch and computes it again in the backward pass.
         """
-        max_tokens = self.mixer.max_tokens(video_states.device)
-        if checkpoint is not None:
-            max_tokens = min(max_tokens, MAX_TOKENS_PER_PART)
-        stretches = list(split_into_stretches(lengths, max_tokens))
+        stretches = list(split_into_stretches(lengths, self._max_tokens(video_states.device, checkpoint)))
         outputs = []
         for residual, (stretch, is_continued) in zip(
             video_states.split([sum(stretch) for stretch, _ in stretches], dim=1), stretches
@@ -259,6 +276,26 @@ class VambaVisionMixer(nn.Module):
             outputs.append(output)
             state = MambaState(*last_state) if is_continued else None
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), MambaState(*last_state)
+
+    def summarize(
+        self, video_states: torch.Tensor, state: MambaState, checkpoint: Callable | None = None
+    ) -> tuple[MambaState, torch.Tensor]:
+        """As [`VambaMixer.summarize`], of any number of tokens."""
+        log_decays = []
+        for stretch in video_states.split(self._max_tokens(video_states.device, checkpoint), dim=1):
+            run = self._summarize if checkpoint is None else partial(checkpoint, self._summarize)
+            *state, log_decay = run(stretch, *state)
+            log_decays.append(log_decay)
+        return MambaState(*state), sum(log_decays)
+
+    def _max_tokens(self, device: torch.device, checkpoint: Callable | None) -> int:
+        """The most tokens of a stretch."""
+        max_tokens = self.mixer.max_tokens(device)
+        return max_tokens if checkpoint is None else min(max_tokens, MAX_TOKENS_PER_PART)
+
+    def _summarize(self, video_states: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        state, log_decay = self.mixer.summarize(self.norm(video_states), MambaState(*state))
+        return *state, log_decay
 
     def _mix(self, lengths: list[int], residual: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The tokens of a stretch and the two tensors of the state behind it."""

@@ -34,6 +34,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers import initialization as init
@@ -75,6 +76,7 @@ from .loss_vamba import loss_without_logits
 from .media_vamba import Medium, count_tokens, group_media_by_row, split_into_segments
 from .mixer_vamba import VambaMixer
 from .packing_vamba import lengths_of_samples, split_marks, starts_of_samples
+from .sequence_parallel_vamba import check_stretches
 from .video_layers_vamba import VambaVideoLayer
 from .vision_vamba import VambaVisionModel
 
@@ -120,6 +122,31 @@ class VambaPreTrainedModel(Qwen2VLPreTrainedModel):
                     module._gradient_checkpointing_func = run_in_parts
                     # Within a checkpoint of several layers the inputs of each are kept only while they are needed.
                     module.checkpoint_part = checkpoint if layers_per_checkpoint == 1 else plain_checkpoint(checkpoint)
+
+    def set_sequence_parallel_group(self, group: ProcessGroup | None) -> None:
+        """
+        From now on each process of the group brings a stretch of the frames of one video, the first process the first
+        frames (see [`~sequence_parallel_vamba.take_stretch`]), and the text and labels of that sample, the same in
+        all. Text and loss come out the same in all as well. Each process has a part of the gradients: their mean over
+        the group, which DDP and FSDP take, is the gradient of the sample.
+
+        It is for `forward` without a cache, one sample at a time.
+
+        Args:
+            group (`ProcessGroup` or `None`): The processes, in the order of the video; `None` ends it.
+
+        Raises:
+            ValueError: for a model with dropout, which would not draw the same for the text of every process.
+        """
+        if group is not None:
+            dropouts = {name: module.p for name, module in self.named_modules() if isinstance(module, nn.Dropout)}
+            dropouts["attention_dropout"] = self.config.get_text_config().attention_dropout
+            dropouts = [f"{name} ({p})" for name, p in dropouts.items() if p]
+            if dropouts:
+                raise ValueError(f"Sequence parallelism needs a model without dropout, got {', '.join(dropouts[:8])}.")
+        for module in self.modules():
+            if isinstance(module, VambaModel):
+                module.sequence_parallel_group = group
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -210,6 +237,7 @@ class VambaTextModel(VambaPreTrainedModel):
         rows: list[int | None] | None = None,
         sample_lengths: list[int] | None = None,
         is_read: bool = True,
+        sequence_parallel_group: ProcessGroup | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -231,6 +259,8 @@ class VambaTextModel(VambaPreTrainedModel):
                 Number of text tokens of each sample, where samples are packed in one row; `rows` is theirs then.
             is_read (`bool`, *optional*, defaults to `True`):
                 Whether what the rows read counts. Where not, every parameter runs and has a gradient of zero.
+            sequence_parallel_group (`ProcessGroup`, *optional*):
+                The processes whose `video_states` are consecutive stretches of one video.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -296,6 +326,7 @@ class VambaTextModel(VambaPreTrainedModel):
             rows=rows,
             text_lengths=sample_lengths or [sequence_length] * batch_size,
             has_video=has_video,
+            sequence_parallel_group=sequence_parallel_group,
             **kwargs,
         )
         # Not in training: what a checkpoint computes again has to take the same kernels, and is not in this context.
@@ -349,6 +380,7 @@ class VambaModel(VambaPreTrainedModel):
         super().__init__(config)
         self.visual = VambaVisionModel._from_config(config.vision_config)
         self.language_model = VambaTextModel._from_config(config.text_config)
+        self.sequence_parallel_group: ProcessGroup | None = None
         self.post_init()
 
     get_image_features = Qwen2VLModel.get_image_features
@@ -437,8 +469,16 @@ class VambaModel(VambaPreTrainedModel):
         sample_lengths = lengths_of_samples(
             starts_of_samples(position_ids, len(inputs_embeds), attention_mask, past_key_values, use_cache)
         )
-        is_kept_together = sample_lengths is not None or (
-            past_key_values is None and not use_cache and is_sharded(self)
+        group = self.sequence_parallel_group
+        if group is not None and (past_key_values is not None or use_cache):
+            raise ValueError(
+                "Sequence parallelism keeps no cache: call `forward` without `past_key_values` and `use_cache`, or "
+                "end it with `set_sequence_parallel_group(None)`."
+            )
+        is_kept_together = (
+            sample_lengths is not None
+            or group is not None
+            or (past_key_values is None and not use_cache and is_sharded(self))
         )
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training and not is_kept_together
@@ -459,9 +499,12 @@ class VambaModel(VambaPreTrainedModel):
             video_sample_ids=video_sample_ids,
             mm_token_type_ids=mm_token_type_ids,
         )
+        if group is not None:
+            num_tokens = [count_tokens(row, self.config.vision_config.spatial_merge_size) for row in media]
+            check_stretches(num_tokens, inputs_embeds, self.config.text_config.mamba_d_conv - 1, group)
         if any(media):
             if is_kept_together or (past_key_values is None and torch.is_grad_enabled() and not use_cache):
-                kwargs.update(self._video_stream(media), sample_lengths=sample_lengths)
+                kwargs.update(self._video_stream(media), sample_lengths=sample_lengths, sequence_parallel_group=group)
             else:
                 if not isinstance(past_key_values, VambaCache):
                     past_key_values = VambaCache(self.config, past_key_values)
