@@ -55,6 +55,8 @@ from inference import (
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 
+from transformers_vamba import lora_target_modules
+
 
 NUM_STEPS = 3
 COLUMNS = {
@@ -76,8 +78,7 @@ def prepare(name: str, attention: str, device: torch.device, lora: bool):
     model = load(config, attention, device)
     model.model.visual.requires_grad_(False)
     if lora:
-        target_modules = r".*language_model\.layers\..*(_proj)"
-        model = get_peft_model(model, LoraConfig(r=16, target_modules=target_modules))
+        model = get_peft_model(model, LoraConfig(r=16, target_modules=lora_target_modules(config)))
     return model.train(), patches
 
 

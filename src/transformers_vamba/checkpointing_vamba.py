@@ -26,6 +26,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from .video_storage_vamba import copy_stream
+
 
 # Tokens of the video that a mixer computes again at a time: enough to fill a GPU, some 3 GiB at the shapes of the 7B.
 MAX_TOKENS_PER_PART = 2**14
@@ -125,7 +127,7 @@ class HostCopy:
         self._previous = weakref.ref(previous) if previous is not None else lambda: None
         self._storage, self._version = StorageWeakRef(tensor.untyped_storage()), tensor._version
         self._dtype, self._device = tensor.dtype, tensor.device
-        self._stream = _copy_stream(tensor.device)
+        self._stream = copy_stream(tensor.device) if tensor.is_cuda else None
         self._on_device: torch.Tensor | None = None
         flat = tensor.detach().as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
         self._pieces = [
@@ -168,18 +170,6 @@ class HostCopy:
         with torch.cuda.stream(self._stream):
             for target, source in pieces:
                 target.copy_(source, non_blocking=True)
-
-
-_copy_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """The stream for copies between a CUDA device and the host; `None` for any other device."""
-    if device.type != "cuda":
-        return None
-    if device not in _copy_streams:
-        _copy_streams[device] = torch.cuda.Stream(device)
-    return _copy_streams[device]
 
 
 __all__ = ["MAX_TOKENS_PER_PART", "OffloadedCheckpoint", "plain_checkpoint", "resolve_checkpointing", "run_in_parts"]

@@ -14,12 +14,14 @@
 """Distillation from a teacher: from its stored top-k logits, as published, or from a Qwen2-VL that looks on."""
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, Trainer
 
 from .media_vamba import group_media_by_row
+from .packing_vamba import lengths_of_samples, starts_of_samples
 
 
 def distillation_loss(
@@ -168,9 +170,10 @@ def _sample_spans(inputs) -> Iterator[tuple[int, slice]]:
         for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
             yield row, slice(length)
     else:
-        starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
-        for start, stop in zip(starts, starts[1:] + [inputs["position_ids"].shape[1]]):
-            yield 0, slice(start, stop)
+        position_ids = inputs["position_ids"]
+        lengths = lengths_of_samples(starts_of_samples(position_ids, 1)) or [position_ids.shape[1]]
+        for stop, length in zip(accumulate(lengths), lengths):
+            yield 0, slice(stop - length, stop)
 
 
 __all__ = ["VambaDistillationTrainer", "distillation_loss", "qwen2_vl_samples"]

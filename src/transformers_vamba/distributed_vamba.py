@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
-from .media_vamba import Medium
+from .media_vamba import Medium, count_patch_values
 
 
 def is_distributed() -> bool:
@@ -60,8 +60,7 @@ def zero_of_parameters(module: nn.Module) -> torch.Tensor | int:
 def smallest_medium(vision_config) -> Medium:
     """A video of one token, for a process that has none."""
     merge_size = vision_config.spatial_merge_size
-    patch_dim = vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
-    return torch.zeros(merge_size**2, patch_dim), (1, merge_size, merge_size)
+    return torch.zeros(merge_size**2, count_patch_values(vision_config)), (1, merge_size, merge_size)
 
 
 __all__ = ["is_distributed", "is_sharded", "most_of_any_process", "smallest_medium", "zero_of_parameters"]

@@ -24,6 +24,7 @@ from transformers.utils import requires_backends
 from transformers.video_utils import VideoMetadata
 
 from .configuration_vamba import VambaConfig, VambaTextConfig
+from .media_vamba import count_patch_values
 from .modeling_vamba import VambaForConditionalGeneration
 from .video_layers_vamba import VambaQuantizedVideoLayer, resolve_implementation
 from .video_processing_vamba import VambaVideoProcessor, whole_patches
@@ -263,10 +264,10 @@ def vision_bytes_per_patch(config: VambaConfig, dtype: torch.dtype) -> int:
     them are the pixels, as they come (float32) and in `dtype`, and the float32 cosines and sines of the positions.
     """
     vision_config = config.vision_config
-    width, patch_size = vision_config.embed_dim, vision_config.patch_size
+    width = vision_config.embed_dim
     mlp = 3 * width + 2 * int(width * vision_config.mlp_ratio)
     attention = 8 * width
-    pixels = vision_config.in_channels * vision_config.temporal_patch_size * patch_size**2
+    pixels = count_patch_values(vision_config)
     positions = 2 * width // vision_config.num_heads
     pixel_size = 4 if dtype == torch.float32 else 4 + dtype.itemsize
     return max(mlp, attention) * dtype.itemsize + pixels * pixel_size + positions * 4

@@ -43,6 +43,11 @@ def pop_media(model_kwargs: dict) -> dict:
     return {name: model_kwargs.pop(name) for name in MEDIA_INPUTS if name in model_kwargs}
 
 
+def count_patch_values(vision_config: Qwen2VLVisionConfig) -> int:
+    """The number of pixel values in a patch, `patch_dim`."""
+    return vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
+
+
 def count_tokens(media: list[Medium], merge_size: int) -> int:
     """The number of tokens that the vision tower makes of images and videos."""
     return sum(math.prod(grid) for _, grid in media) // merge_size**2
@@ -141,7 +146,7 @@ def _split_by_row(
         given, missing = (pixels_name, grid_name) if grid_thw is None else (grid_name, pixels_name)
         raise ValueError(f"`{given}` was given without `{missing}`; the two go together.")
     merge_size = vision_config.spatial_merge_size
-    patch_dim = vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
+    patch_dim = count_patch_values(vision_config)
     check_tensor(grid_name, grid_thw, False, ("number of media", 3))
     check_tensor(pixels_name, pixel_values, True, ("num_patches", patch_dim))
     grids = [tuple(grid) for grid in grid_thw.tolist()]

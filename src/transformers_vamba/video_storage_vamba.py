@@ -148,7 +148,7 @@ class HostStorage:
         if self._fetched is None:
             return self._fetch()
         if self._is_pinned:
-            torch.cuda.current_stream(self._device).wait_stream(prefetch_stream(self._device))
+            torch.cuda.current_stream(self._device).wait_stream(copy_stream(self._device))
         fetched, self._fetched = self._fetched, None
         return fetched
 
@@ -161,7 +161,7 @@ class HostStorage:
             return
         # What has been written is on its way to the host, and what has been read before may still be in use in memory
         # that is taken again.
-        stream = prefetch_stream(self._device)
+        stream = copy_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             self._fetched = self._fetch()
@@ -201,9 +201,9 @@ class HostStorage:
 
 
 @functools.cache
-def prefetch_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which a CUDA device gets tensors ahead of their use."""
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which tensors go between a CUDA device and the host, beside the computation."""
     return torch.cuda.Stream(device)
 
 
-__all__ = ["DeviceStorage", "HostStorage"]
+__all__ = ["DeviceStorage", "HostStorage", "copy_stream"]
