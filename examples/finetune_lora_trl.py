@@ -16,7 +16,7 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer, TrlParser
 
@@ -72,6 +72,7 @@ def load_conversations(folder: str) -> Dataset:
 
 def main(args: list[str] | None = None):
     args, training_args = TrlParser((FinetuningArguments, AdapterConfig)).parse_args_and_config(args)
+    set_seed(training_args.seed)  # of the adapter, which is made before the trainer
     processor = AutoProcessor.from_pretrained(args.model)
     model = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto")
     adapter = LoraConfig(
