@@ -190,8 +190,9 @@ class VambaMixer(nn.Module):
             )[None]
         history = None if state is None else state.conv
         hidden_states = self._convolve(conv_inputs, history, seq_idx)
-        conv_state = conv_inputs[:, -lengths[-1] :][:, 1 - self.conv_kernel_size :]
-        if (num_missing := self.conv_kernel_size - 1 - conv_state.shape[1]) > 0:
+        num_kept = min(self.conv_kernel_size - 1, lengths[-1])
+        conv_state = conv_inputs[:, conv_inputs.shape[1] - num_kept :]
+        if (num_missing := self.conv_kernel_size - 1 - num_kept) > 0:
             if history is None or seq_idx is not None:
                 history = conv_state.new_zeros(1, num_missing, self.conv_dim)
             conv_state = torch.cat([history[:, -num_missing:], conv_state], dim=1)
@@ -238,7 +239,8 @@ class VambaMixer(nn.Module):
             seq_idx=seq_idx,
             initial_states=initial_states,
         )
-        return outputs[..., -num_tokens:].transpose(1, 2)
+        # From 0 on a slice is the tensor itself; from the end on its gradient would be copied, twice transposed.
+        return outputs[..., outputs.shape[-1] - num_tokens :].transpose(1, 2)
 
 
 class VambaVisionMixer(nn.Module):
