@@ -19,7 +19,7 @@
 
 One sample a step and a GPU: 640x360 frames and 66 tokens of text, all of which have labels; random weights in
 bfloat16, the vision tower frozen, all else trained (or LoRA on every linear layer of the decoder), gradients but no
-optimizer. After a first step, which tunes kernels and pins memory, the median of three is taken. `training.md` and
+optimizer. After a first step, which tunes kernels and pins memory, the median of `--steps` is taken. `training.md` and
 `.json` in the output folder are written anew after every measurement. On a CPU the models are tiny, and the figures
 say nothing but that the program runs.
 
@@ -36,6 +36,7 @@ import gc
 import os
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,7 +59,6 @@ from torch.distributed.fsdp import fully_shard
 from transformers_vamba import lora_target_modules
 
 
-NUM_STEPS = 3
 COLUMNS = {
     "trained": ("trained", "{}"),
     "checkpointing": ("checkpoints", "{}"),
@@ -118,12 +118,12 @@ def step(model, inputs: dict[str, torch.Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def measure(model, num_frames: int, patches: tuple[int, int], row: dict) -> None:
+def measure(model, num_frames: int, patches: tuple[int, int], row: dict, num_steps: int) -> None:
     """Fills the row."""
     inputs = make_inputs(model, num_frames, patches)
     step(model, inputs)
     reset_peak(model)
-    row["step_s"] = statistics.median(step(model, inputs) for _ in range(NUM_STEPS))
+    row["step_s"] = statistics.median(step(model, inputs) for _ in range(num_steps))
     row["peak_gib"] = peak_gib(model)
     row["video_tokens"] = int(inputs["video_grid_thw"].prod()) // model.config.vision_config.spatial_merge_size**2
 
@@ -143,6 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--frames", help="default: 64,256,512,1024, and 8,16 on a CPU")
     parser.add_argument("--checkpointing", default="parts,offload", help="what Vamba keeps, see above")
     parser.add_argument("--lora", action="store_true", help="train LoRA adapters instead of all but the vision tower")
+    parser.add_argument("--steps", type=int, default=3, help="steps to take the median of")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--attn", default="sdpa")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
@@ -182,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
                     if failed_at is not None:
                         row["note"] = f"fails at {failed_at} frames"
                         continue
-                    attempt(measure, model, num_frames, patches, row)
+                    attempt(partial(measure, num_steps=args.steps), model, num_frames, patches, row)
                     if "note" in row:
                         failed_at = num_frames
                     elif gpus == 1:
