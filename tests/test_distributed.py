@@ -13,6 +13,7 @@
 # limitations under the License.
 """Two processes, of which one has no video at a time, give what one process gives with the samples of both."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -21,55 +22,87 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from tiny_vamba import tiny_model
+
+from transformers_vamba import VambaForConditionalGeneration
 
 
 TESTS = Path(__file__).parent
+PROGRAM = TESTS / "train_in_processes.py"
+CONFIGS = TESTS.parent / "examples" / "accelerate"
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
+SHARDED = ("fsdp2", pytest.param("zero3", marks=needs_deepspeed))
 
 
-def train(folder: Path, num_processes: int, *arguments: str):
+def launcher(kind: str, mixed_precision: str) -> list[str]:
+    """The part of the command before the program."""
+    if kind == "alone":
+        return []
+    if kind == "ddp":
+        return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{kind}.yaml")]
+    return [*command, "--num_processes", "2", "--main_process_port", "0", "--mixed_precision", mixed_precision]
+
+
+def train(folder: Path, kind: str, *arguments: str, on_gpus: bool = False, mixed_precision: str = "no"):
     """Runs the program, and returns its losses and the weights it has saved."""
-    command = [sys.executable, "-W", "ignore"]
-    if num_processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    if not (folder / "initial").is_dir():
+        tiny_model().save_pretrained(folder / "initial")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not on_gpus:
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     subprocess.run(
-        [*command, str(TESTS / "train_in_processes.py"), str(folder), *arguments],
+        [sys.executable, "-W", "ignore", *launcher(kind, mixed_precision), str(PROGRAM), str(folder), *arguments],
         env=environment,
         cwd=TESTS,
         check=True,
         timeout=240,
     )
-    weights = {}
-    for path in (folder / "final").glob("*.safetensors"):
-        weights |= load_file(path)
-    return json.loads((folder / "losses.json").read_text()), weights
+    losses = json.loads((folder / "losses.json").read_text())
+    return losses, VambaForConditionalGeneration.from_pretrained(folder / "final", dtype=torch.float32).state_dict()
 
 
-def assert_same_run(actual, expected):
+def assert_same_run(actual, expected, atol=1e-5, rtol=1e-4):
     (losses, weights), (expected_losses, expected_weights) = actual, expected
-    assert losses["train"] == pytest.approx(expected_losses["train"], rel=1e-4)
-    assert losses["eval"] == pytest.approx(expected_losses["eval"], rel=1e-4)
-    torch.testing.assert_close(weights, expected_weights, atol=1e-5, rtol=1e-4)
+    assert losses["train"] == pytest.approx(expected_losses["train"], rel=rtol)
+    assert losses["eval"] == pytest.approx(expected_losses["eval"], rel=rtol)
+    torch.testing.assert_close(weights, expected_weights, atol=atol, rtol=rtol)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     return {
-        frozen: train(tmp_path_factory.mktemp("alone"), 1, *["--frozen-tower"] * frozen) for frozen in (False, True)
+        tower: train(tmp_path_factory.mktemp("alone"), "alone", "--tower", tower)
+        for tower in ("trained", "merger", "frozen")
     }
 
 
-@pytest.mark.parametrize("frozen", (False, True))
-@pytest.mark.parametrize("kind", ("ddp", "fsdp2"))
-def test_a_process_without_video(tmp_path, alone, kind, frozen):
-    arguments = ["--checkpointing", '{"use_reentrant": false}', *["--frozen-tower"] * frozen]
-    assert_same_run(train(tmp_path, 2, *arguments, *["--fsdp2"] * (kind == "fsdp2")), alone[frozen])
+@pytest.mark.parametrize(
+    "tower, arguments",
+    (("trained", ("--checkpointing", '{"use_reentrant": false}')), ("merger", ("--skip-logits",))),
+)
+@pytest.mark.parametrize("kind", ("ddp", *SHARDED))
+def test_a_process_without_video(tmp_path, alone, kind, tower, arguments):
+    assert_same_run(train(tmp_path, kind, "--tower", tower, *arguments), alone[tower])
 
 
-@pytest.mark.parametrize("kind", ("ddp", "fsdp2"))
+def train_and_resume(folder: Path, kind: str, **kwargs):
+    arguments = ("--tower", "frozen", "--checkpointing", '{"layers_per_checkpoint": 2}')
+    train(folder, kind, "--steps", "2", *arguments, **kwargs)
+    assert (folder / "checkpoint-2").is_dir()
+    return train(folder, kind, *arguments, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ("ddp", *SHARDED))
 def test_resume(tmp_path, alone, kind):
-    arguments = ["--frozen-tower", "--checkpointing", '{"layers_per_checkpoint": 2}', *["--fsdp2"] * (kind == "fsdp2")]
-    train(tmp_path, 2, "--steps", "2", *arguments)
-    assert (tmp_path / "checkpoint-2").is_dir()
-    assert_same_run(train(tmp_path, 2, *arguments), alone[True])
+    assert_same_run(train_and_resume(tmp_path, kind), alone["frozen"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("mixed_precision, atol, rtol", (("no", 1e-4, 1e-3), ("bf16", 5e-3, 2e-2)))
+@pytest.mark.parametrize("kind", SHARDED)
+def test_on_gpus(tmp_path, alone, kind, mixed_precision, atol, rtol):
+    run = train_and_resume(tmp_path, kind, on_gpus=True, mixed_precision=mixed_precision)
+    assert_same_run(run, alone["frozen"], atol, rtol)

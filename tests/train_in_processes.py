@@ -11,23 +11,21 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Trains the tiny model with Transformers' Trainer, in one process or several: a program for test_distributed.py."""
+"""Trains a tiny model with Transformers' Trainer, in one process or several: a program for test_distributed.py."""
 
 import argparse
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint
-import yaml
-from tiny_vamba import make_media, make_text, tiny_model
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from accelerate import DistributedType, PartialState
+from tiny_vamba import make_media, make_text
 from transformers import Trainer, TrainingArguments
 
+from transformers_vamba import VambaForConditionalGeneration, loss_vamba, mixer_vamba
 
-FSDP2_CONFIG = Path(__file__).parent.parent / "examples" / "accelerate" / "fsdp2.yaml"
 
 # Videos of one, none, three and five segments of the vision tower, and of one image.
 SAMPLES = [
@@ -54,67 +52,24 @@ def collate(indices: list[int]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def train_with_fsdp2(model, args) -> None:
-    """The same run without Trainer, since Accelerate has no FSDP for processes on a CPU."""
-    torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
-    if args.checkpointing is not None:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable(args.checkpointing)
-    units = yaml.safe_load(FSDP2_CONFIG.read_text())["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"].split(",")
-    for module in model.modules():
-        if type(module).__name__ in units:
-            fully_shard(module)
-    fully_shard(model)
-
-    def mean(loss: torch.Tensor) -> float:
-        torch.distributed.all_reduce(loss := loss.detach().clone())
-        return loss.item() / torch.distributed.get_world_size()
-
-    losses, checkpoint = {}, args.folder / "checkpoint-2"
-    first_step = 0
-    if checkpoint.is_dir():
-        state_dict = get_model_state_dict(model)
-        torch.distributed.checkpoint.load(state_dict, checkpoint_id=checkpoint)
-        set_model_state_dict(model, state_dict)
-        first_step, losses = 2, json.loads((args.folder / "losses.json").read_text())["train"]
-    for step in range(first_step, args.steps):
-        loss = model.train()(**collate([2 * step + rank])).loss
-        loss.backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter -= 0.1 * parameter.grad
-        model.zero_grad()
-        losses[str(step + 1)] = mean(loss)
-        if step == 1:
-            torch.distributed.checkpoint.save(get_model_state_dict(model), checkpoint_id=checkpoint)
-    with torch.no_grad():
-        eval_losses = [mean(model.eval()(**batch).loss) for batch in (collate([2 * n + rank]) for n in range(4))]
-    state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if rank == 0:
-        (args.folder / "losses.json").write_text(json.dumps({"train": losses, "eval": sum(eval_losses) / 4}))
-        whole = tiny_model()
-        whole.load_state_dict(state_dict)
-        whole.save_pretrained(args.folder / "final")
-    torch.distributed.destroy_process_group()
+def pass_for_gpus() -> None:
+    """Accelerate shards for processes with GPUs alone, though PyTorch and DeepSpeed do it for CPUs as well."""
+    PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="with the model, as `initial`")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--frozen-tower", action="store_true")
-    parser.add_argument("--fsdp2", action="store_true")
+    parser.add_argument("--tower", choices=("trained", "merger", "frozen"), default="trained")
+    parser.add_argument("--skip-logits", action="store_true", help="in a different number of chunks in each process")
     parser.add_argument("--checkpointing", type=json.loads, help="gradient_checkpointing_kwargs")
     args = parser.parse_args()
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    model = tiny_model()
-    if args.frozen_tower:
-        model.model.visual.requires_grad_(False)
-    if args.fsdp2:
-        train_with_fsdp2(model, args)
-        return
+    is_sharded = "ACCELERATE_USE_FSDP" in os.environ or "ACCELERATE_USE_DEEPSPEED" in os.environ
+    if is_sharded and not torch.cuda.is_available():
+        pass_for_gpus()
     arguments = TrainingArguments(
         args.folder,
         per_device_train_batch_size=2 // num_processes,
@@ -131,14 +86,27 @@ def main():
         remove_unused_columns=False,
         train_sampling_strategy="sequential",
         report_to="none",
-        use_cpu=True,
+        use_cpu=not is_sharded,
+        bf16=os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",
         disable_tqdm=True,
     )
+    # After the arguments, as users do it: from then on ZeRO-3 loads every model in parts.
+    model = VambaForConditionalGeneration.from_pretrained(args.folder / "initial")
+    model.model.visual.requires_grad_(args.tower == "trained")
+    model.model.visual.merger.requires_grad_(args.tower != "frozen")
+    mixer_vamba.MAX_TOKENS_PER_PART = 16  # another number of parts in each process
+    torch.backends.cudnn.allow_tf32 = False
+    if args.skip_logits:
+        loss_vamba.CHUNK_SIZE = 4 * (1 + int(os.environ.get("RANK", 0)))
+        model.forward = partial(model.forward, skip_logits=True)
     trainer = Trainer(
         model, arguments, train_dataset=list(range(8)), eval_dataset=list(range(8)), data_collator=collate
     )
     trainer.train(resume_from_checkpoint=any(args.folder.glob("checkpoint-*")))
     evaluation = trainer.evaluate()
+    if trainer.is_fsdp_enabled:
+        # As sharded ones the trainer would not save them.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(args.folder / "final")
     if trainer.is_world_process_zero():
         losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}

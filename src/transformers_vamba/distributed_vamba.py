@@ -16,11 +16,12 @@ Several processes, each with samples of its own, that exchange parameters or gra
 the same parts of the model, whether its samples have images and videos or not, or the others wait for ever.
 """
 
+import contextlib
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from .media_vamba import Medium, count_patch_values
@@ -39,9 +40,26 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether the processes hold parts of the parameters, which come together as the modules run: FSDP or ZeRO-3."""
     if not is_distributed():
         return False
-    return is_deepspeed_zero3_enabled() or any(
+    return is_sharded_by_deepspeed(model) or any(
         isinstance(module, FSDPModule) or is_fsdp_managed_module(module) for module in model.modules()
     )
+
+
+def is_sharded_by_deepspeed(module: nn.Module) -> bool:
+    """Whether ZeRO-3 holds the parameters, as DeepSpeed marks them."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+def whole_parameters(module: nn.Module) -> contextlib.AbstractContextManager:
+    """
+    The parameters that ZeRO-3 holds in parts come together within this context. What the first process has made of
+    them goes out to all at its end.
+    """
+    if not is_sharded_by_deepspeed(module):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0)
 
 
 def most_of_any_process(count: int, device: torch.device) -> int:
@@ -63,4 +81,11 @@ def smallest_medium(vision_config) -> Medium:
     return torch.zeros(merge_size**2, count_patch_values(vision_config)), (1, merge_size, merge_size)
 
 
-__all__ = ["is_distributed", "is_sharded", "most_of_any_process", "smallest_medium", "zero_of_parameters"]
+__all__ = [
+    "is_distributed",
+    "is_sharded",
+    "most_of_any_process",
+    "smallest_medium",
+    "whole_parameters",
+    "zero_of_parameters",
+]

@@ -69,6 +69,7 @@ from .distributed_vamba import (
     is_sharded,
     most_of_any_process,
     smallest_medium,
+    whole_parameters,
     zero_of_parameters,
 )
 from .generation_vamba import VambaGenerationMixin
@@ -179,6 +180,9 @@ class VambaPreTrainedModel(Qwen2VLPreTrainedModel):
             ValueError: naming the missing parameters.
         """
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if hasattr(model, "_weight_conversions"):
+            # For ZeRO-3, Transformers keeps those that it has not used as well, and would save by their reverse.
+            model._weight_conversions = [each for each in model._weight_conversions if each.was_used()]
         if output_loading_info:
             return model, info
         if info["missing_keys"] and kwargs.get("state_dict") is None:
@@ -542,21 +546,26 @@ class VambaModel(VambaPreTrainedModel):
         As `embed_media`, with a gradient for the parts of the tower that train. What is frozen keeps no activations:
         it runs a segment at a time, whatever asks its input for a gradient (`enable_input_require_grads` does).
         """
-        trained = {name for name, parameter in self.visual.named_parameters() if parameter.requires_grad}
-        if torch.is_grad_enabled() and not all(name.startswith("merger.") for name in trained):
+        trained = {
+            name
+            for name, parameter in self.visual.named_parameters()
+            if parameter.requires_grad and torch.is_grad_enabled()
+        }
+        if not all(name.startswith("merger.") for name in trained):
             return self.embed_media(media)
         max_steps = SEGMENT_FRAMES // self.config.vision_config.temporal_patch_size
-        embeds = []
         segments = list(split_into_segments(media, max_steps))
+        num_segments = len(segments)
         if is_sharded(self):
-            num_runs = most_of_any_process(len(segments), execution_device(self.language_model))
-            with torch.no_grad():
-                for _ in range(num_runs - len(segments)):
-                    self._run_tower([smallest_medium(self.config.vision_config)])
+            num_runs = most_of_any_process(num_segments, execution_device(self.language_model))
+            segments += [[smallest_medium(self.config.vision_config)]] * (num_runs - num_segments)
+        embeds = []
         for segment in segments:
             with torch.no_grad():
                 outputs = self._run_tower(segment)
             embeds.append(self._merge(outputs.last_hidden_state) if trained else outputs.pooler_output)
+        # Nothing is taken of those beyond the own segments, but the merger's backward pass runs for them as well.
+        embeds[num_segments:] = [unread[:0] for unread in embeds[num_segments:]]
         return self._hand_to_decoder(torch.cat(embeds))
 
     def _merge(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -614,7 +623,8 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
                 f"{sorted(info['unexpected_keys'])[:8]}."
             )
         for layer in model.model.language_model.layers:
-            layer.cross_attn.load_state_dict(layer.self_attn.state_dict())
+            with whole_parameters(layer):
+                layer.cross_attn.load_state_dict(layer.self_attn.state_dict())
         return model
 
     def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor, **kwargs):
