@@ -11,13 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Train the tiny Vamba of `checkpoints/vamba-tiny` from nothing, on synthetic videos drawn on the GPU as it trains.
+"""Train the tiny Vamba of `checkpoints/vamba-tiny` on synthetic videos drawn on the GPU as it trains.
 
     python examples/train_tiny.py --output checkpoints/vamba-tiny --minutes 8
+    python examples/train_tiny.py --output checkpoints/vamba-tiny --resume checkpoints/vamba-tiny --longest 128 \
+        --batch-size 32 --learning-rate 3e-4 --minutes 32
 
-The videos have 8 to 32 frames. At the end, the model is evaluated on videos that it has not seen, of these lengths and
-of 4 and 16 times these lengths. The folder holds all that `AutoModelForImageTextToText` and `AutoProcessor` load, and
-the results as `evaluation.json`.
+The videos have 8 to `--longest` frames, 32 at first. At the end, the model is evaluated on videos that it has not seen,
+of these lengths and of 4 and 16 times these lengths. The folder holds all that `AutoModelForImageTextToText` and
+`AutoProcessor` load, and the results as `evaluation.json`.
 """
 
 import argparse
