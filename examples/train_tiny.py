@@ -17,8 +17,8 @@
     python examples/train_tiny.py --output checkpoints/vamba-tiny --resume checkpoints/vamba-tiny --longest 128 \
         --batch-size 32 --learning-rate 3e-4 --minutes 32
 
-The videos have 8 to `--longest` frames, 32 at first. At the end, the model is evaluated on videos that it has not seen,
-of these lengths and of 4 and 16 times these lengths. The folder holds all that `AutoModelForImageTextToText` and
+The videos have 8 to `--longest` frames, 32 at first. At the end, the model is evaluated on videos that it has not
+seen, of these lengths and of 4 and 16 times these lengths. The folder holds all that `AutoModelForImageTextToText` and
 `AutoProcessor` load, and the results as `evaluation.json`.
 """
 

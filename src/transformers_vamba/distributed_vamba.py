@@ -16,8 +16,6 @@ Several processes, each with samples of its own, that exchange parameters or gra
 the same parts of the model, whether its samples have images and videos or not, or the others wait for ever.
 """
 
-import contextlib
-
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -40,26 +38,17 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether the processes hold parts of the parameters, which come together as the modules run: FSDP or ZeRO-3."""
     if not is_distributed():
         return False
-    return is_sharded_by_deepspeed(model) or any(
+    # DeepSpeed marks the parameters of ZeRO-3.
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters()) or any(
         isinstance(module, FSDPModule) or is_fsdp_managed_module(module) for module in model.modules()
     )
 
 
-def is_sharded_by_deepspeed(module: nn.Module) -> bool:
-    """Whether ZeRO-3 holds the parameters, as DeepSpeed marks them."""
-    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
-
-
-def whole_parameters(module: nn.Module) -> contextlib.AbstractContextManager:
-    """
-    The parameters that ZeRO-3 holds in parts come together within this context. What the first process has made of
-    them goes out to all at its end.
-    """
-    if not is_sharded_by_deepspeed(module):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0)
+@torch.no_grad()
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Copies the parameters to a module of the same kind: where ZeRO-3 holds them, each process its own part."""
+    for from_parameter, to_parameter in zip(source.parameters(), target.parameters(), strict=True):
+        getattr(to_parameter, "ds_tensor", to_parameter).copy_(getattr(from_parameter, "ds_tensor", from_parameter))
 
 
 def most_of_any_process(count: int, device: torch.device) -> int:
@@ -82,10 +71,10 @@ def smallest_medium(vision_config) -> Medium:
 
 
 __all__ = [
+    "copy_parameters",
     "is_distributed",
     "is_sharded",
     "most_of_any_process",
     "smallest_medium",
-    "whole_parameters",
     "zero_of_parameters",
 ]

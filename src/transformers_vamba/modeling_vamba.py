@@ -65,11 +65,11 @@ from .checks_vamba import check_no_media_expected, check_tensor, check_text
 from .configuration_vamba import VambaConfig, VambaTextConfig
 from .decoder_vamba import VambaDecoderLayer
 from .distributed_vamba import (
+    copy_parameters,
     is_distributed,
     is_sharded,
     most_of_any_process,
     smallest_medium,
-    whole_parameters,
     zero_of_parameters,
 )
 from .generation_vamba import VambaGenerationMixin
@@ -623,8 +623,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
                 f"{sorted(info['unexpected_keys'])[:8]}."
             )
         for layer in model.model.language_model.layers:
-            with whole_parameters(layer):
-                layer.cross_attn.load_state_dict(layer.self_attn.state_dict())
+            copy_parameters(layer.self_attn, layer.cross_attn)
         return model
 
     def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor, **kwargs):
