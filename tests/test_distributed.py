@@ -80,7 +80,11 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "tower, arguments",
-    (("trained", ("--checkpointing", '{"use_reentrant": false}')), ("merger", ("--skip-logits",))),
+    (
+        ("trained", ("--checkpointing", '{"use_reentrant": false}')),
+        ("merger", ("--skip-logits",)),
+        ("frozen", ("--checkpointing", '{"use_reentrant": false}')),
+    ),
 )
 @pytest.mark.parametrize("kind", ("ddp", *SHARDED))
 def test_a_process_without_video(tmp_path, alone, kind, tower, arguments):

@@ -51,11 +51,16 @@ def copy_parameters(source: nn.Module, target: nn.Module) -> None:
         getattr(to_parameter, "ds_tensor", to_parameter).copy_(getattr(from_parameter, "ds_tensor", from_parameter))
 
 
-def most_of_any_process(count: int, device: torch.device) -> int:
-    """The greatest of the processes' counts. Waits for all of them."""
-    counts = torch.tensor(count, device=device)
-    torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
-    return int(counts)
+def count_missing_runs(model: nn.Module, num_runs: int, device: torch.device) -> int:
+    """
+    How many runs more than these another process makes of the model, or of a part of it, where the processes share its
+    parameters: as many have to be made here too. Waits for all of them.
+    """
+    if not is_sharded(model):
+        return 0
+    most_runs = torch.tensor(num_runs, device=device)
+    torch.distributed.all_reduce(most_runs, torch.distributed.ReduceOp.MAX)
+    return int(most_runs) - num_runs
 
 
 def zero_of_parameters(module: nn.Module) -> torch.Tensor | int:
@@ -72,9 +77,9 @@ def smallest_medium(vision_config) -> Medium:
 
 __all__ = [
     "copy_parameters",
+    "count_missing_runs",
     "is_distributed",
     "is_sharded",
-    "most_of_any_process",
     "smallest_medium",
     "zero_of_parameters",
 ]

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .distributed_vamba import is_sharded, most_of_any_process
+from .distributed_vamba import count_missing_runs
 
 
 CHUNK_SIZE = 1024  # positions whose logits are held at once
@@ -66,9 +66,8 @@ def loss_without_logits(
         )
 
     chunks = list(zip(hidden_states.split(CHUNK_SIZE), shift_labels.split(CHUNK_SIZE)))
-    if is_sharded(lm_head):
-        num_runs = most_of_any_process(len(chunks), hidden_states.device)
-        chunks += [(hidden_states[:0], shift_labels[:0])] * (num_runs - len(chunks))
+    num_missing = count_missing_runs(lm_head, len(chunks), hidden_states.device)
+    chunks += [(hidden_states[:0], shift_labels[:0])] * num_missing
     return sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
 
 

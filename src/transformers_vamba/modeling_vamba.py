@@ -66,9 +66,9 @@ from .configuration_vamba import VambaConfig, VambaTextConfig
 from .decoder_vamba import VambaDecoderLayer
 from .distributed_vamba import (
     copy_parameters,
+    count_missing_runs,
     is_distributed,
     is_sharded,
-    most_of_any_process,
     smallest_medium,
     zero_of_parameters,
 )
@@ -556,9 +556,8 @@ class VambaModel(VambaPreTrainedModel):
         max_steps = SEGMENT_FRAMES // self.config.vision_config.temporal_patch_size
         segments = list(split_into_segments(media, max_steps))
         num_segments = len(segments)
-        if is_sharded(self):
-            num_runs = most_of_any_process(num_segments, execution_device(self.language_model))
-            segments += [[smallest_medium(self.config.vision_config)]] * (num_runs - num_segments)
+        num_missing = count_missing_runs(self, num_segments, execution_device(self.language_model))
+        segments += [[smallest_medium(self.config.vision_config)]] * num_missing
         embeds = []
         for segment in segments:
             with torch.no_grad():
