@@ -13,6 +13,7 @@
 # limitations under the License.
 """Two processes, of which one has no video at a time, give what one process gives with the samples of both."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -72,10 +73,8 @@ def assert_same_run(actual, expected, atol=1e-5, rtol=1e-4):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return {
-        tower: train(tmp_path_factory.mktemp("alone"), "alone", "--tower", tower)
-        for tower in ("trained", "merger", "frozen")
-    }
+    """Losses and weights of one process, by what is trained of the tower."""
+    return functools.cache(lambda tower: train(tmp_path_factory.mktemp("alone"), "alone", "--tower", tower))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +87,7 @@ def alone(tmp_path_factory):
 )
 @pytest.mark.parametrize("kind", ("ddp", *SHARDED))
 def test_a_process_without_video(tmp_path, alone, kind, tower, arguments):
-    assert_same_run(train(tmp_path, kind, "--tower", tower, *arguments), alone[tower])
+    assert_same_run(train(tmp_path, kind, "--tower", tower, *arguments), alone(tower))
 
 
 def train_and_resume(folder: Path, kind: str, **kwargs):
@@ -100,7 +99,7 @@ def train_and_resume(folder: Path, kind: str, **kwargs):
 
 @pytest.mark.parametrize("kind", ("ddp", *SHARDED))
 def test_resume(tmp_path, alone, kind):
-    assert_same_run(train_and_resume(tmp_path, kind), alone["frozen"])
+    assert_same_run(train_and_resume(tmp_path, kind), alone("frozen"))
 
 
 @pytest.mark.gpu
@@ -109,4 +108,4 @@ def test_resume(tmp_path, alone, kind):
 @pytest.mark.parametrize("kind", SHARDED)
 def test_on_gpus(tmp_path, alone, kind, mixed_precision, atol, rtol):
     run = train_and_resume(tmp_path, kind, on_gpus=True, mixed_precision=mixed_precision)
-    assert_same_run(run, alone["frozen"], atol, rtol)
+    assert_same_run(run, alone("frozen"), atol, rtol)
