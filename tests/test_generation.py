@@ -197,6 +197,40 @@ def test_continue_from_a_given_cache(model):
     assert torch.equal(rest, whole)
 
 
+def test_media_of_earlier_turns_are_not_encoded_again(model):
+    """The whole conversation is the prompt of each turn, with all its media: the cache takes what is new."""
+    first, second = (make_media("video", (2, 4, 4), seed=seed) for seed in (1, 2))
+    both = {name: torch.cat([first[name], second[name]]) for name in first}
+    text = make_text()
+    marks = torch.zeros_like(text)
+    marks[0, 2] = 2
+    turn = generate(model, text, mm_token_type_ids=marks, return_dict_in_generate=True, **first)
+    cache = turn.past_key_values
+    text = torch.cat([turn.sequences, make_text(seed=3)], dim=1)
+    marks = torch.cat([marks, torch.zeros(1, text.shape[1] - marks.shape[1], dtype=torch.long)], dim=1)
+    fork = cache.fork()
+    answer = generate(model, text, mm_token_type_ids=marks, past_key_values=fork, **first)
+    assert fork.video_lengths == [8] and torch.equal(answer, generate(model, text, **first))
+
+    later = marks.clone()
+    later[0, -3] = 2
+    mask = torch.ones_like(text)
+    # The whole conversation, or its new tokens beside the mask of all.
+    for start, media in ((0, both), (cache.get_seq_length(), second)):
+        fork = cache.fork()
+        inputs = {"mm_token_type_ids": later[:, start:], "attention_mask": mask, **media}
+        generate(model, text[:, start:], past_key_values=fork, **inputs)
+        torch.testing.assert_close(fork.videos[0][0].keys, model.encode_video(**both).videos[0][0].keys)
+
+
+def test_prompt_that_does_not_go_on(model):
+    """A second question to a cache that holds the first one, where a fork was forgotten."""
+    cache = model.encode_video(**VIDEO)
+    generate(model, make_text(), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"holds 19 tokens of text.* longer; got one of 12\..*cache\.fork\(\)"):
+        generate(model, make_text(seed=1), past_key_values=cache)
+
+
 def test_no_cache_is_returned_unless_asked_for(model):
     with torch.no_grad():
         assert model(input_ids=make_text(), use_cache=False, **VIDEO).past_key_values is None
