@@ -17,6 +17,8 @@ import copy
 import itertools
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -127,6 +129,19 @@ class VambaCache(Cache):
             [self._video_layer_class(self.is_video_offloaded) for _ in range(self.config.num_hidden_layers)]
         )
         return len(self.videos) - 1
+
+    @contextmanager
+    def keeping_videos(self) -> Iterator[None]:
+        """A block of code that adds and extends videos: where it fails or is interrupted, they are as before."""
+        held = [[(layer.get_seq_length(), layer.mixer_state) for layer in video] for video in self.videos]
+        try:
+            yield
+        except BaseException:
+            del self.videos[len(held) :]
+            for video, states in zip(self.videos, held):
+                for layer, state in zip(video, states):
+                    layer.crop(*state)
+            raise
 
     def read_videos(
         self, layer_idx: int, rows: list[int | None]

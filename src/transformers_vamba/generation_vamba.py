@@ -82,8 +82,8 @@ class VambaGenerationMixin(GenerationMixin):
 
 def check_prompt_goes_on(past_length: int, length: int | None) -> None:
     """
-    Raises a `ValueError` where a prompt, of `length` tokens with the `past_length` that the cache holds, brings nothing
-    new, and so does not go on from them.
+    Raises a `ValueError` where a prompt, of `length` tokens with the `past_length` that the cache holds, brings
+    nothing new, and so does not go on from them.
     """
     if past_length and length is not None and length <= past_length:
         raise ValueError(

@@ -83,6 +83,11 @@ class VambaVideoLayer:
             self._refuse_gradient(key_states)
         self._storage.append((key_states, value_states))
 
+    def crop(self, num_tokens: int, mixer_state: MambaState | None) -> None:
+        """Goes back to the first tokens, behind which the mixer was in this state."""
+        self._storage.crop(num_tokens)
+        self.mixer_state = mixer_state
+
     def _refuse_gradient(self, states: torch.Tensor) -> None:
         if states.requires_grad:
             raise ValueError(
