@@ -250,6 +250,22 @@ def test_media_join_the_row_of_a_cache(model):
         generate(model, make_text(2), past_key_values=cache.fork(), video_sample_ids=torch.tensor([1]), **second)
 
 
+def test_append_to_one_of_several_videos(model):
+    both, rows = make_media("video", (2, 4, 4), (3, 4, 4)), torch.tensor([0, 1])
+    more = make_media("video", (1, 4, 4), seed=3)
+    cache = model.encode_video(**both, video_sample_ids=rows)
+    for row in (1, 0, 1):
+        model.encode_video(**more, video_sample_ids=torch.tensor([row]), past_key_values=cache)
+    assert cache.video_lengths == [12, 20] and cache.rows is None
+    whole = model.encode_video(**both, video_sample_ids=rows)
+    twice = {name: torch.cat([more[name], more[name]]) for name in more}
+    model.encode_video(**twice, video_sample_ids=rows, past_key_values=whole)
+    assert torch.allclose(cache.videos[0][2].keys, whole.videos[0][2].keys, atol=1e-5)
+    with pytest.raises(ValueError, match="describes 1 media for 2 rows: say with `video_sample_ids`"):
+        model.encode_video(**more, past_key_values=cache)
+    assert cache.video_lengths == [12, 20]
+
+
 def test_cache_operations(model):
     cache = VambaCache(model.config)
     with torch.no_grad():

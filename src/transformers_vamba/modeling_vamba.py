@@ -687,10 +687,10 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
             cache = past_key_values
             cache.check_video_cache_implementation(video_cache_implementation)
         rows_read = cache.rows
-        num_rows = 1
+        num_rows = max(1, len(cache.videos))
         if video_sample_ids is not None:
             check_tensor("video_sample_ids", video_sample_ids, False, ("number of videos",))
-            num_rows = min(max([0, *video_sample_ids.tolist()]) + 1, MAX_ROWS)
+            num_rows = max(num_rows, min(max([0, *video_sample_ids.tolist()]) + 1, MAX_ROWS))
         media = group_media_by_row(
             num_rows if rows_read is None else len(rows_read),
             self.config.vision_config,
