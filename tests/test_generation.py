@@ -14,13 +14,17 @@
 """`generate` with a video in the cache: one copy of it, whoever reads it, in every mode."""
 
 import copy
+import errno
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_vamba import make_media, make_text, tiny_model
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from transformers_vamba import VambaCache
+from transformers_vamba import VambaCache, cache_vamba
 
 
 VIDEO = make_media("video", (5, 4, 6))
@@ -322,6 +326,33 @@ def test_save_and_load(model, tmp_path):
     two = make_media("video", (1, 4, 4), (2, 4, 4))
     model.encode_video(**two, video_sample_ids=torch.tensor([0, 2])).save_pretrained(tmp_path / "rows")
     assert VambaCache.from_pretrained(tmp_path / "rows").rows == [0, None, 1]
+
+
+def test_saving_that_fails_keeps_what_was_saved(model, tmp_path, monkeypatch):
+    """A full disk, on the second of the layers."""
+    cache = model.encode_video(**VIDEO)
+    cache.save_pretrained(tmp_path)
+    model.encode_video(**VIDEO, past_key_values=cache)
+    names = sorted(os.listdir(tmp_path))
+
+    def save_on_a_full_disk(tensors, path):
+        if Path(path).name == "layer-00001.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_vamba, "save_file", save_on_a_full_disk)
+        with pytest.raises(OSError, match="No space"):
+            cache.save_pretrained(tmp_path)
+    loaded = VambaCache.from_pretrained(tmp_path)
+    assert [layer.get_seq_length() for layer in loaded.videos[0]] == [30] * 3 and sorted(os.listdir(tmp_path)) == names
+
+    # A video that is read from the folder goes back there, longer.
+    model.encode_video(**VIDEO, past_key_values=loaded)
+    loaded.save_pretrained(tmp_path)
+    again = VambaCache.from_pretrained(tmp_path)
+    assert all(torch.equal(new.keys, old.keys) for new, old in zip(again.videos[0], cache.videos[0]))
+    assert sorted(os.listdir(tmp_path)) == names
 
 
 def test_load_errors(model, tmp_path):

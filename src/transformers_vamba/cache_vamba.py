@@ -20,6 +20,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
@@ -204,20 +205,13 @@ class VambaCache(Cache):
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """
         Writes the videos to a folder: a `cache_config.json`, and a safetensors file a decoder layer. The text that has
-        been read is not kept.
+        been read is not kept. Videos saved there before are replaced once all is written.
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder, made where it is missing.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        for layer_idx, layers in enumerate(zip(*self.videos)):
-            tensors = {
-                f"{video}.{name}": tensor.contiguous()
-                for video, layer in enumerate(layers)
-                for name, tensor in layer.state_dict().items()
-            }
-            save_file(tensors, folder / f"layer-{layer_idx:05d}.safetensors")
         rows = None if self.rows is not None and set(self.rows) == {0} else self.rows
         content = {
             "num_videos": len(self.videos),
@@ -225,7 +219,18 @@ class VambaCache(Cache):
             "video_cache_implementation": self.video_cache_implementation,
             "text_config": self.config.to_dict(),
         }
-        (folder / CACHE_CONFIG_NAME).write_text(json.dumps(content, indent=2, default=str) + "\n")
+        # What is there already may be what this cache reads, and stays whole until the last file is written.
+        with TemporaryDirectory(dir=folder, prefix=".saving-") as new_folder:
+            for layer_idx, layers in enumerate(zip(*self.videos)):
+                tensors = {
+                    f"{video}.{name}": tensor.contiguous()
+                    for video, layer in enumerate(layers)
+                    for name, tensor in layer.state_dict().items()
+                }
+                save_file(tensors, Path(new_folder) / f"layer-{layer_idx:05d}.safetensors")
+            (Path(new_folder) / CACHE_CONFIG_NAME).write_text(json.dumps(content, indent=2, default=str) + "\n")
+            for path in Path(new_folder).iterdir():
+                path.replace(folder / path.name)
 
     @classmethod
     def from_pretrained(
