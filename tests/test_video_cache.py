@@ -295,6 +295,19 @@ def test_segments_of_known_length_never_grow_the_memory(model, processor, video_
         assert cache.video_lengths == [66] and len(addresses) == len(memory)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_model_of_another_dtype(model, tmp_path, implementation):
+    """A video that a model in bfloat16 has processed, and the same model in float32."""
+    cache = tiny_model(dtype=torch.bfloat16).encode_video(**VIDEO, video_cache_implementation=implementation)
+    cache.save_pretrained(tmp_path)
+    cache = VambaCache.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="in torch.bfloat16, and is read in torch.float32.* `dtype=torch.bfloat16`"):
+        generate(model, make_text(), past_key_values=cache.fork())
+    with pytest.raises(ValueError, match="in torch.bfloat16, and is appended to in torch.float32"):
+        model.encode_video(**VIDEO, past_key_values=cache)
+    assert cache.video_lengths == [102] and cache.videos[0][0].keys.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("error", (torch.OutOfMemoryError, KeyboardInterrupt))
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_failure_leaves_the_cache_as_it_was(model, monkeypatch, implementation, error):

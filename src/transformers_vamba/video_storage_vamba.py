@@ -34,6 +34,11 @@ class DeviceStorage:
         return self._states[0].shape[-2] if self._states else 0
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the last tensor, `None` before there is one."""
+        return self._states[-1].dtype if self._states else None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tokens that are held."""
         return sum(states.nbytes for states in self._states)
@@ -116,6 +121,11 @@ class HostStorage:
     @property
     def _is_pinned(self) -> bool:
         return self._device is not None and self._device.type == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the last tensor, `None` before there is one."""
+        return self._blocks[0][-1].dtype if self._blocks else None
 
     @property
     def nbytes(self) -> int:
