@@ -151,6 +151,11 @@ def test_rows_read_their_own_video(model):
     answers = generate(model, text, past_key_values=fork)
     assert torch.equal(generate(model, text[:1], **videos[1])[0], answers[0])
 
+    for rows in ([2, 0], [-1, None]):
+        fork.rows = rows
+        with pytest.raises(ValueError, match="`cache.rows` is .*, but the cache holds 2 videos"):
+            model(input_ids=text, past_key_values=fork)
+
     with pytest.raises(ValueError, match="holds 2 videos and is read by 3 rows"):
         generate(model, make_text(3), past_key_values=cache.fork())
 

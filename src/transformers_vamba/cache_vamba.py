@@ -167,6 +167,8 @@ class VambaCache(Cache):
         if self.rows is not None:
             if len(self.rows) != batch_size:
                 raise ValueError(f"The cache was filled by {len(self.rows)} rows and is now read by {batch_size}.")
+            if not set(self.rows) <= {None, *range(len(self.videos))}:
+                raise ValueError(f"`cache.rows` is {self.rows}, but the cache holds {len(self.videos)} videos.")
             return self.rows
         if len(self.videos) <= 1:
             return [0 if self.videos else None] * batch_size
