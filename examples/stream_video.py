@@ -39,7 +39,7 @@ def watch(model, processor, video, question, fps, every, speed=None):
     """
     step = processor.video_processor.temporal_patch_size
     stretch = max(min(int(every * fps), 64) // step * step, step)  # frames that are appended at a time
-    cache, num_frames, next_question = None, 0, every
+    cache, num_frames, next_question, answered = None, 0, every, 0.0
     start = time.perf_counter()
     for segment in processor.iter_video_segments(video, fps=fps, segment_frames=stretch, progress=False):
         num_frames += int(segment["video_grid_thw"][0, 0]) * step
@@ -49,9 +49,9 @@ def watch(model, processor, video, question, fps, every, speed=None):
         shown = time.perf_counter()
         cache = model.encode_video(**segment, past_key_values=cache)
         if seen >= next_question:
-            next_question += every
+            next_question, answered = next_question + every, seen
             yield seen, answer(model, processor, cache, question), time.perf_counter() - shown
-    if num_frames / fps > next_question - every:
+    if num_frames / fps > answered:
         shown = time.perf_counter()
         yield num_frames / fps, answer(model, processor, cache, question), time.perf_counter() - shown
 

@@ -260,6 +260,8 @@ def test_errors(processor, video_file, tmp_path):
         forecast_memory(tiny_model(), processor, video_file, weight_bits=8)
     with pytest.raises(TypeError, match="must be a VambaConfig or a Vamba model, got str"):
         forecast_memory("tiny", processor, video_file)
+    with pytest.raises(TypeError, match="`video` must be a path, .* or a VideoMetadata, .*, got list"):
+        forecast_memory(config, processor, [video_file])
 
 
 def ask(monkeypatch, *arguments):

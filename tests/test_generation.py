@@ -14,13 +14,17 @@
 """`generate` with a video in the cache: one copy of it, whoever reads it, in every mode."""
 
 import copy
+import errno
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_vamba import make_media, make_text, tiny_model
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from transformers_vamba import VambaCache
+from transformers_vamba import VambaCache, cache_vamba
 
 
 VIDEO = make_media("video", (5, 4, 6))
@@ -147,6 +151,11 @@ def test_rows_read_their_own_video(model):
     answers = generate(model, text, past_key_values=fork)
     assert torch.equal(generate(model, text[:1], **videos[1])[0], answers[0])
 
+    for rows in ([2, 0], [-1, None]):
+        fork.rows = rows
+        with pytest.raises(ValueError, match="`cache.rows` is .*, but the cache holds 2 videos"):
+            model(input_ids=text, past_key_values=fork)
+
     with pytest.raises(ValueError, match="holds 2 videos and is read by 3 rows"):
         generate(model, make_text(3), past_key_values=cache.fork())
 
@@ -197,6 +206,40 @@ def test_continue_from_a_given_cache(model):
     assert torch.equal(rest, whole)
 
 
+def test_media_of_earlier_turns_are_not_encoded_again(model):
+    """The whole conversation is the prompt of each turn, with all its media: the cache takes what is new."""
+    first, second = (make_media("video", (2, 4, 4), seed=seed) for seed in (1, 2))
+    both = {name: torch.cat([first[name], second[name]]) for name in first}
+    text = make_text()
+    marks = torch.zeros_like(text)
+    marks[0, 2] = 2
+    turn = generate(model, text, mm_token_type_ids=marks, return_dict_in_generate=True, **first)
+    cache = turn.past_key_values
+    text = torch.cat([turn.sequences, make_text(seed=3)], dim=1)
+    marks = torch.cat([marks, torch.zeros(1, text.shape[1] - marks.shape[1], dtype=torch.long)], dim=1)
+    fork = cache.fork()
+    answer = generate(model, text, mm_token_type_ids=marks, past_key_values=fork, **first)
+    assert fork.video_lengths == [8] and torch.equal(answer, generate(model, text, **first))
+
+    later = marks.clone()
+    later[0, -3] = 2
+    mask = torch.ones_like(text)
+    # The whole conversation, or its new tokens beside the mask of all.
+    for start, media in ((0, both), (cache.get_seq_length(), second)):
+        fork = cache.fork()
+        inputs = {"mm_token_type_ids": later[:, start:], "attention_mask": mask, **media}
+        generate(model, text[:, start:], past_key_values=fork, **inputs)
+        torch.testing.assert_close(fork.videos[0][0].keys, model.encode_video(**both).videos[0][0].keys)
+
+
+def test_prompt_that_does_not_go_on(model):
+    """A second question to a cache that holds the first one, where a fork was forgotten."""
+    cache = model.encode_video(**VIDEO)
+    generate(model, make_text(), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"holds 19 tokens of text.* longer; got one of 12\..*cache\.fork\(\)"):
+        generate(model, make_text(seed=1), past_key_values=cache)
+
+
 def test_no_cache_is_returned_unless_asked_for(model):
     with torch.no_grad():
         assert model(input_ids=make_text(), use_cache=False, **VIDEO).past_key_values is None
@@ -214,6 +257,22 @@ def test_media_join_the_row_of_a_cache(model):
     assert torch.equal(answer, generate(model, make_text(), **both))
     with pytest.raises(ValueError, match="shares its video"):
         generate(model, make_text(2), past_key_values=cache.fork(), video_sample_ids=torch.tensor([1]), **second)
+
+
+def test_append_to_one_of_several_videos(model):
+    both, rows = make_media("video", (2, 4, 4), (3, 4, 4)), torch.tensor([0, 1])
+    more = make_media("video", (1, 4, 4), seed=3)
+    cache = model.encode_video(**both, video_sample_ids=rows)
+    for row in (1, 0, 1):
+        model.encode_video(**more, video_sample_ids=torch.tensor([row]), past_key_values=cache)
+    assert cache.video_lengths == [12, 20] and cache.rows is None
+    whole = model.encode_video(**both, video_sample_ids=rows)
+    twice = {name: torch.cat([more[name], more[name]]) for name in more}
+    model.encode_video(**twice, video_sample_ids=rows, past_key_values=whole)
+    assert torch.allclose(cache.videos[0][2].keys, whole.videos[0][2].keys, atol=1e-5)
+    with pytest.raises(ValueError, match="describes 1 media for 2 rows: say with `video_sample_ids`"):
+        model.encode_video(**more, past_key_values=cache)
+    assert cache.video_lengths == [12, 20]
 
 
 def test_cache_operations(model):
@@ -272,6 +331,33 @@ def test_save_and_load(model, tmp_path):
     two = make_media("video", (1, 4, 4), (2, 4, 4))
     model.encode_video(**two, video_sample_ids=torch.tensor([0, 2])).save_pretrained(tmp_path / "rows")
     assert VambaCache.from_pretrained(tmp_path / "rows").rows == [0, None, 1]
+
+
+def test_saving_that_fails_keeps_what_was_saved(model, tmp_path, monkeypatch):
+    """A full disk, on the second of the layers."""
+    cache = model.encode_video(**VIDEO)
+    cache.save_pretrained(tmp_path)
+    model.encode_video(**VIDEO, past_key_values=cache)
+    names = sorted(os.listdir(tmp_path))
+
+    def save_on_a_full_disk(tensors, path):
+        if Path(path).name == "layer-00001.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_vamba, "save_file", save_on_a_full_disk)
+        with pytest.raises(OSError, match="No space"):
+            cache.save_pretrained(tmp_path)
+    loaded = VambaCache.from_pretrained(tmp_path)
+    assert [layer.get_seq_length() for layer in loaded.videos[0]] == [30] * 3 and sorted(os.listdir(tmp_path)) == names
+
+    # A video that is read from the folder goes back there, longer.
+    model.encode_video(**VIDEO, past_key_values=loaded)
+    loaded.save_pretrained(tmp_path)
+    again = VambaCache.from_pretrained(tmp_path)
+    assert all(torch.equal(new.keys, old.keys) for new, old in zip(again.videos[0], cache.videos[0]))
+    assert sorted(os.listdir(tmp_path)) == names
 
 
 def test_load_errors(model, tmp_path):

@@ -116,6 +116,9 @@ def test_stream_is_answered_while_it_plays(tiny, video_file, monkeypatch, capsys
     assert time.perf_counter() - start > 1.0
     assert seconds == (4.0, 8.0, 12.0, 16.0, 18.0)
     assert replies[-1] == expected != replies[0]
+    # Stretches of a second, the shortest at this rate: no question comes again at the end.
+    seconds, _, _ = zip(*stream_video.watch(*tiny, path, question, fps=2.0, every=0.5, speed=1000.0))
+    assert seconds == tuple(range(1, 19))
 
     monkeypatch.setattr(sys, "argv", ["stream_video.py", "-", question, "--every", "8", "--device", "cpu"])
     with open(path, "rb") as file:

@@ -25,7 +25,7 @@ from transformers_vamba.decoder_vamba import VambaCrossAttention
 from transformers_vamba.quantized_attention_vamba import quantize
 from transformers_vamba.quantized_kernel_vamba import attend, can_attend
 from transformers_vamba.video_layers_vamba import VambaQuantizedVideoLayer
-from transformers_vamba.video_storage_vamba import HostStorage
+from transformers_vamba.video_storage_vamba import DeviceStorage, HostStorage
 
 
 IMPLEMENTATIONS = ("dynamic", "quantized", "offloaded", "offloaded_quantized")
@@ -293,6 +293,71 @@ def test_segments_of_known_length_never_grow_the_memory(model, processor, video_
             addresses |= {tensor.data_ptr() for tensor in memory}
             assert memory[0].shape[-2] == 66
         assert cache.video_lengths == [66] and len(addresses) == len(memory)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_model_of_another_dtype(model, tmp_path, implementation):
+    """A video that a model in bfloat16 has processed, and the same model in float32."""
+    cache = tiny_model(dtype=torch.bfloat16).encode_video(**VIDEO, video_cache_implementation=implementation)
+    cache.save_pretrained(tmp_path)
+    cache = VambaCache.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="in torch.bfloat16, and is read in torch.float32.* `dtype=torch.bfloat16`"):
+        generate(model, make_text(), past_key_values=cache.fork())
+    with pytest.raises(ValueError, match="in torch.bfloat16, and is appended to in torch.float32"):
+        model.encode_video(**VIDEO, past_key_values=cache)
+    assert cache.video_lengths == [102] and cache.videos[0][0].keys.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("error", (torch.OutOfMemoryError, KeyboardInterrupt))
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_failure_leaves_the_cache_as_it_was(model, monkeypatch, implementation, error):
+    """Whatever happens while a video is appended to, in some of its layers: the call can be made again."""
+    first, second = (make_media("video", (4, 4, 6), seed=seed) for seed in (1, 2))
+    expected = model.encode_video(**first, video_cache_implementation=implementation)
+    cache, fork = expected.fork(), expected.fork()
+    model.encode_video(**second, past_key_values=expected)
+
+    layer = model.model.language_model.layers[1]
+    calls, encode = [], layer.encode_video
+
+    def fail_at_the_second_call(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        return encode(*args)
+
+    monkeypatch.setattr(layer, "encode_video", fail_at_the_second_call)
+    with pytest.raises(error):
+        model.encode_video(**second, past_key_values=cache, segment_frames=4)
+    assert [each.get_seq_length() for each in cache.videos[0]] == [24] * 3
+    assert torch.equal(
+        generate(model, make_text(), past_key_values=cache.fork()), generate(model, make_text(), past_key_values=fork)
+    )
+    model.encode_video(**second, past_key_values=cache)
+    for held, whole in zip(cache.videos[0], expected.videos[0]):
+        assert torch.equal(held.keys, whole.keys) and torch.equal(held.values, whole.values)
+
+    calls.clear()
+    empty = VambaCache(model.config, video_cache_implementation=implementation)
+    with pytest.raises(error):
+        model.encode_video(**second, past_key_values=empty, segment_frames=4)
+    assert not empty.videos and empty.rows is None
+
+
+@pytest.mark.parametrize("num_allocations", (0, 1))
+def test_no_memory_to_grow(monkeypatch, num_allocations):
+    """What is held stays, whichever of the tensors finds no room."""
+    states = tuple(torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    storage = DeviceStorage()
+    storage.append(states)
+    allocate = iter([torch.Tensor.new_empty] * num_allocations)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", lambda *args: next(allocate)(*args))
+        with pytest.raises(StopIteration):
+            storage.append(states)
+    assert storage.num_tokens == 3 and all(map(torch.equal, storage.read(), states))
+    storage.append(states)
+    assert all(torch.equal(held, torch.cat([new, new], 2)) for held, new in zip(storage.read(), states))
 
 
 def test_errors(model):

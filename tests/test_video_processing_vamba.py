@@ -19,6 +19,7 @@ import threading
 import wave
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -314,6 +315,27 @@ def test_http_url(video_processor, video_file, monkeypatch):
 def test_container_that_does_not_state_its_number_of_frames(video_processor, write_video, video_file, name, options):
     outputs = video_processor(write_video(name, options=options))
     assert torch.equal(outputs["pixel_values_videos"], video_processor(video_file)["pixel_values_videos"])
+
+
+@pytest.mark.parametrize("quarter_turns", (1, -1, 2))
+def test_video_of_a_phone_is_turned_upright(processor, tmp_path, quarter_turns):
+    """The file notes by how many quarters, counterclockwise, its frames are to be turned."""
+    upright = np.full((56, 112, 3), 50, np.uint8)
+    upright[:28, :56] = 200
+    path = str(tmp_path / "phone.mp4")
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "5"})
+        stored = np.ascontiguousarray(np.rot90(upright, -quarter_turns))
+        stream.height, stream.width, stream.pix_fmt = *stored.shape[:2], "yuv420p"
+        stream.set_display_rotation(90 * quarter_turns)
+        for frame in [*[av.VideoFrame.from_ndarray(stored, format="rgb24")] * 4, None]:
+            container.mux(stream.encode(frame))
+    frames, _ = processor.video_processor.fetch_videos(path)
+    assert frames.shape == (4, 56, 112, 3) and np.abs(frames.astype(int) - upright).mean() < 4
+    outputs = processor(videos=[path], return_tensors="pt")
+    (segment,) = processor.iter_video_segments(path)
+    assert outputs["video_grid_thw"][0, 1] < outputs["video_grid_thw"][0, 2]
+    assert torch.equal(segment["pixel_values_videos"], outputs["pixel_values_videos"])
 
 
 def test_frames_that_an_edit_list_hides_are_not_counted(video_processor, write_video):

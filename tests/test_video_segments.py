@@ -151,6 +151,21 @@ def test_pipe_and_open_file(processor, write_video, tmp_path):
     writer.join()
 
 
+def test_buffered_pipe_is_read_as_it_comes(processor, write_video):
+    """Such as the standard input, or that of a program: its frames are there before a buffer is full."""
+    path = write_video("buffered.mkv", num_frames=50)
+    content, expected = Path(path).read_bytes(), processor(videos=[path], return_tensors="pt", fps=8.0)
+    descriptor, source = os.pipe()
+    rest = threading.Timer(2, lambda: (os.write(source, content[len(content) * 3 // 4 :]), os.close(source)))
+    os.write(source, content[: len(content) * 3 // 4])
+    with os.fdopen(descriptor, "rb") as file:
+        segments = processor.iter_video_segments(file, fps=8.0, segment_frames=4)
+        rest.start()
+        first = next(segments)
+        assert rest.is_alive()
+        assert_equal([first, *segments], expected)
+
+
 @pytest.mark.parametrize("states_length", [True, False])
 def test_http_url(processor, write_video, monkeypatch, states_length):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

@@ -17,7 +17,10 @@ import copy
 import itertools
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
@@ -128,6 +131,19 @@ class VambaCache(Cache):
         )
         return len(self.videos) - 1
 
+    @contextmanager
+    def keeping_videos(self) -> Iterator[None]:
+        """A block of code that adds and extends videos: where it fails or is interrupted, they are as before."""
+        held = [[(layer.get_seq_length(), layer.mixer_state) for layer in video] for video in self.videos]
+        try:
+            yield
+        except BaseException:
+            del self.videos[len(held) :]
+            for video, states in zip(self.videos, held):
+                for layer, state in zip(video, states):
+                    layer.crop(*state)
+            raise
+
     def read_videos(
         self, layer_idx: int, rows: list[int | None]
     ) -> list[tuple[torch.Tensor | QuantizedStates, torch.Tensor | QuantizedStates] | None]:
@@ -151,6 +167,8 @@ class VambaCache(Cache):
         if self.rows is not None:
             if len(self.rows) != batch_size:
                 raise ValueError(f"The cache was filled by {len(self.rows)} rows and is now read by {batch_size}.")
+            if not set(self.rows) <= {None, *range(len(self.videos))}:
+                raise ValueError(f"`cache.rows` is {self.rows}, but the cache holds {len(self.videos)} videos.")
             return self.rows
         if len(self.videos) <= 1:
             return [0 if self.videos else None] * batch_size
@@ -189,20 +207,13 @@ class VambaCache(Cache):
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """
         Writes the videos to a folder: a `cache_config.json`, and a safetensors file a decoder layer. The text that has
-        been read is not kept.
+        been read is not kept. Videos saved there before are replaced once all is written.
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder, made where it is missing.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        for layer_idx, layers in enumerate(zip(*self.videos)):
-            tensors = {
-                f"{video}.{name}": tensor.contiguous()
-                for video, layer in enumerate(layers)
-                for name, tensor in layer.state_dict().items()
-            }
-            save_file(tensors, folder / f"layer-{layer_idx:05d}.safetensors")
         rows = None if self.rows is not None and set(self.rows) == {0} else self.rows
         content = {
             "num_videos": len(self.videos),
@@ -210,7 +221,18 @@ class VambaCache(Cache):
             "video_cache_implementation": self.video_cache_implementation,
             "text_config": self.config.to_dict(),
         }
-        (folder / CACHE_CONFIG_NAME).write_text(json.dumps(content, indent=2, default=str) + "\n")
+        # What is there already may be what this cache reads, and stays whole until the last file is written.
+        with TemporaryDirectory(dir=folder, prefix=".saving-") as new_folder:
+            for layer_idx, layers in enumerate(zip(*self.videos)):
+                tensors = {
+                    f"{video}.{name}": tensor.contiguous()
+                    for video, layer in enumerate(layers)
+                    for name, tensor in layer.state_dict().items()
+                }
+                save_file(tensors, Path(new_folder) / f"layer-{layer_idx:05d}.safetensors")
+            (Path(new_folder) / CACHE_CONFIG_NAME).write_text(json.dumps(content, indent=2, default=str) + "\n")
+            for path in Path(new_folder).iterdir():
+                path.replace(folder / path.name)
 
     @classmethod
     def from_pretrained(

@@ -99,6 +99,11 @@ class VambaCrossAttention(Qwen2VLAttention):
             if keys is None:
                 outputs.append(torch.zeros_like(query))
                 continue
+            if keys.dtype != query.dtype:
+                raise ValueError(
+                    f"The cache holds a video in {keys.dtype}, and is read in {query.dtype}. Load the model with "
+                    f"`dtype={keys.dtype}`, or encode the video anew."
+                )
             # (num_videos, num_key_value_heads, num_tokens, heads that share a key, head_dim)
             heads_per_key = self.num_heads // self.num_key_value_heads
             query = query.reshape(keys.shape[0], -1, keys.shape[1], heads_per_key, self.head_dim).transpose(1, 2)

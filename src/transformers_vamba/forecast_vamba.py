@@ -201,6 +201,11 @@ def measure_video(
     else:
         requires_backends(video_processor, ["av"])
         video = os.fspath(video) if isinstance(video, os.PathLike) else video
+        if not (isinstance(video, str) or hasattr(video, "read")):
+            raise TypeError(
+                "`video` must be a path, a URL, an open binary file or a VideoMetadata, which describes frames "
+                f"in memory as well, got {type(video).__name__}."
+            )
         check_exists(video)
         with errors_of(video), open_source(video) as file:
             if not file.seekable():

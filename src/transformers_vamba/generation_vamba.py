@@ -41,17 +41,30 @@ class VambaGenerationMixin(GenerationMixin):
     ):
         encoded = model_kwargs.get("past_key_values")
         implementation = model_kwargs.pop("video_cache_implementation", None)
+        # Where the mask is all ones, Transformers drops it and notes its length.
+        mask = model_kwargs.get("attention_mask")
+        length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+        past_length = 0
         if isinstance(encoded, VambaCache):
+            past_length = encoded.get_seq_length()
+            check_prompt_goes_on(past_length, length)
             encoded.check_video_cache_implementation(implementation)
             implementation = encoded.video_cache_implementation
         if generation_config.cache_implementation is not None and isinstance(encoded, VambaCache):
             # A cache with videos alone leaves open which kind of cache the text gets.
-            if encoded.get_seq_length() == 0:
+            if past_length == 0:
                 del model_kwargs["past_key_values"]
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        media = group_media_by_row(batch_size, self.config.vision_config, **pop_media(model_kwargs))
+        media_inputs = pop_media(model_kwargs)
+        media = group_media_by_row(batch_size, self.config.vision_config, **media_inputs)
+        marks = media_inputs.get("mm_token_type_ids")
+        if past_length and marks is not None:
+            # The prompt of a conversation that goes on brings the media of its earlier turns, which the cache holds.
+            start = 0 if length is None else length - marks.shape[1]  # it may bring the new tokens alone
+            num_held = marks[:, : max(past_length - start, 0)].count_nonzero(dim=1).tolist()
+            media = [row_media[num:] for row_media, num in zip(media, num_held)]
         cache = model_kwargs.get("past_key_values")
         if cache is None and not any(media):
             return
@@ -65,6 +78,19 @@ class VambaGenerationMixin(GenerationMixin):
         if cache.is_compileable and not cache.is_video_offloaded:
             cache.mark_static_videos()
         model_kwargs["past_key_values"] = cache
+
+
+def check_prompt_goes_on(past_length: int, length: int | None) -> None:
+    """
+    Raises a `ValueError` where a prompt, of `length` tokens with the `past_length` that the cache holds, brings
+    nothing new, and so does not go on from them.
+    """
+    if past_length and length is not None and length <= past_length:
+        raise ValueError(
+            f"The cache holds {past_length} tokens of text, and a prompt that goes on from them is longer; got one of "
+            f"{length}. To ask several questions about one video, give each a fork of the cache from before the "
+            "first: `generate(..., past_key_values=cache.fork())`."
+        )
 
 
 __all__ = ["VambaGenerationMixin"]

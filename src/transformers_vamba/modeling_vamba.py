@@ -423,27 +423,29 @@ class VambaModel(VambaPreTrainedModel):
         """
         Encodes each row's images and videos, in order, behind what the cache holds for that row, `segment_frames`
         frames at a time: vision tower, mixers, keys and values. Sets `cache.rows`. Memory is sized for
-        `num_remaining_tokens` more, which later calls bring.
+        `num_remaining_tokens` more, which later calls bring. Should it fail, the cache is as it was.
         """
         cache.check_fits(self.config.text_config)
         rows = list(cache.resolve_rows(len(media)))
         vision_config = self.config.vision_config
-        for row, row_media in enumerate(media):
-            if not row_media:
-                continue
-            if rows[row] is None:
-                rows[row] = cache.add_video()
-            elif rows.count(rows[row]) > 1:
-                raise ValueError(
-                    f"Row {row} brings images or videos, but shares its video in the cache with other rows. Append to "
-                    "a shared video with `encode_video`, before the batch of questions."
-                )
-            video = cache.videos[rows[row]]
-            num_tokens = count_tokens(row_media, vision_config.spatial_merge_size)
-            for layer_cache in video:
-                layer_cache.reserve(num_tokens + num_remaining_tokens)
-            for segment in split_into_segments(row_media, max(1, segment_frames // vision_config.temporal_patch_size)):
-                self.language_model.encode_video(self.embed_media(segment), video)
+        max_steps = max(1, segment_frames // vision_config.temporal_patch_size)
+        with cache.keeping_videos():
+            for row, row_media in enumerate(media):
+                if not row_media:
+                    continue
+                if rows[row] is None:
+                    rows[row] = cache.add_video()
+                elif rows.count(rows[row]) > 1:
+                    raise ValueError(
+                        f"Row {row} brings images or videos, but shares its video in the cache with other rows. "
+                        "Append to a shared video with `encode_video`, before the batch of questions."
+                    )
+                video = cache.videos[rows[row]]
+                num_tokens = count_tokens(row_media, vision_config.spatial_merge_size)
+                for layer_cache in video:
+                    layer_cache.reserve(num_tokens + num_remaining_tokens)
+                for segment in split_into_segments(row_media, max_steps):
+                    self.language_model.encode_video(self.embed_media(segment), video)
         cache.rows = rows
 
     def forward(
@@ -667,7 +669,8 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
                 the host's memory, or `"offloaded_quantized"`. See [`VambaCache`].
 
         Returns:
-            [`VambaCache`]: The cache given, or a new one.
+            [`VambaCache`]: The cache given, or a new one. A call that fails, for want of memory for one, or that is
+            interrupted leaves the cache given as it was.
 
         Raises:
             ValueError: where patches, grids and rows do not match, or the cache keeps its videos in another way.
@@ -684,10 +687,10 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
             cache = past_key_values
             cache.check_video_cache_implementation(video_cache_implementation)
         rows_read = cache.rows
-        num_rows = 1
+        num_rows = max(1, len(cache.videos))
         if video_sample_ids is not None:
             check_tensor("video_sample_ids", video_sample_ids, False, ("number of videos",))
-            num_rows = min(max([0, *video_sample_ids.tolist()]) + 1, MAX_ROWS)
+            num_rows = max(num_rows, min(max([0, *video_sample_ids.tolist()]) + 1, MAX_ROWS))
         media = group_media_by_row(
             num_rows if rows_read is None else len(rows_read),
             self.config.vision_config,

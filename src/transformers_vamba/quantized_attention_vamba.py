@@ -40,9 +40,14 @@ class QuantizedStates(NamedTuple):
     def shape(self) -> torch.Size:
         return self.codes.shape
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that they had."""
+        return self.scales.dtype
+
     def dequantize(self) -> torch.Tensor:
         """The states, in the dtype that they had."""
-        return (self.codes * self.scales + self.centre).to(self.scales.dtype)
+        return (self.codes * self.scales + self.centre).to(self.dtype)
 
 
 def quantize(states: torch.Tensor, centre: torch.Tensor) -> QuantizedStates:

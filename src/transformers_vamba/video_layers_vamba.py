@@ -79,9 +79,23 @@ class VambaVideoLayer:
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Appends keys and values, `(1, num_key_value_heads, num_tokens, head_dim)`."""
+        self._check_dtype(key_states)
         if isinstance(self._storage, HostStorage):
             self._refuse_gradient(key_states)
         self._storage.append((key_states, value_states))
+
+    def crop(self, num_tokens: int, mixer_state: MambaState | None) -> None:
+        """Goes back to the first tokens, behind which the mixer was in this state."""
+        self._storage.crop(num_tokens)
+        self.mixer_state = mixer_state
+
+    def _check_dtype(self, states: torch.Tensor) -> None:
+        # The last of the tensors that are kept, values or their scales, has the dtype of what came.
+        if self._storage.dtype not in (None, states.dtype):
+            raise ValueError(
+                f"The cache holds a video in {self._storage.dtype}, and is appended to in {states.dtype}. Load the "
+                f"model with `dtype={self._storage.dtype}`, or encode the video anew."
+            )
 
     def _refuse_gradient(self, states: torch.Tensor) -> None:
         if states.requires_grad:
@@ -154,6 +168,7 @@ class VambaQuantizedVideoLayer(VambaVideoLayer):
         return self.read()[1].dequantize()
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self._check_dtype(key_states)
         self._refuse_gradient(key_states)
         if self.key_centre is None:
             self.key_centre, self.value_centre = (

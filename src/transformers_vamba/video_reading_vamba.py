@@ -206,14 +206,17 @@ def pick_frames(frames: Iterable, indices: np.ndarray) -> Iterator:
 
 
 def to_arrays(frames: Iterable) -> Iterator[np.ndarray]:
-    """PyAV's frames as arrays, uint8 of shape (height, width, 3). Raises a `ValueError` where the size changes."""
+    """
+    PyAV's frames as arrays, uint8 of shape (height, width, 3), upright: a phone held upright films sideways, and notes
+    the turn that a player has to make. Raises a `ValueError` where the size changes.
+    """
     first_shape = None
     for row, frame in enumerate(frames):
-        shape = (frame.height, frame.width, 3)
-        first_shape = first_shape or shape
-        if shape != first_shape:
-            raise ValueError(f"sampled frame {row} is of shape {shape}, the first is of shape {first_shape}")
-        yield frame.to_ndarray(format="rgb24")
+        array = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+        first_shape = first_shape or array.shape
+        if array.shape != first_shape:
+            raise ValueError(f"sampled frame {row} is of shape {array.shape}, the first is of shape {first_shape}")
+        yield array
 
 
 def stack_frames(arrays: Iterator[np.ndarray], num_frames: int) -> np.ndarray | None:

@@ -210,6 +210,16 @@ def sample_live(frames: Iterable, stream, fps: float) -> Iterator:
             num_intervals = math.floor(position + 0.5)
 
 
+class LiveSource:
+    """A binary file that cannot be sought, read as it comes: a buffered one would wait until its buffer is full."""
+
+    def __init__(self, file: BinaryIO):
+        self.read = getattr(file, "read1", file.read)
+
+    def seekable(self) -> bool:
+        return False
+
+
 @contextmanager
 def open_source(video) -> Iterator[BinaryIO]:
     """
@@ -219,11 +229,11 @@ def open_source(video) -> Iterator[BinaryIO]:
     is.
     """
     if hasattr(video, "read"):
-        yield video
+        yield video if video.seekable() else LiveSource(video)
     elif is_remote(video):
         with urlopen(video, timeout=60) as response, TemporaryFile() as file:
             if response.length is None:
-                yield response
+                yield LiveSource(response)
             else:
                 shutil.copyfileobj(response, file)
                 yield file

@@ -34,6 +34,11 @@ class DeviceStorage:
         return self._states[0].shape[-2] if self._states else 0
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the last tensor, `None` before there is one."""
+        return self._states[-1].dtype if self._states else None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tokens that are held."""
         return sum(states.nbytes for states in self._states)
@@ -58,13 +63,19 @@ class DeviceStorage:
         self._states = tuple(memory[:, :, :end] for memory in self._memory)
 
     def _grow(self, states: tuple[torch.Tensor, ...], num_tokens: int, capacity: int) -> None:
-        held, self._states, self._memory = list(self._states), (), []
+        # One tensor at a time is there twice, and should the memory not suffice, each is still there once.
+        grown, self._memory = [], []
         for i, new in enumerate(states):
-            memory = new.new_empty(*new.shape[:2], capacity, new.shape[-1])
+            grown.append(new.new_empty(*new.shape[:2], capacity, new.shape[-1]))
             if num_tokens:
-                memory[:, :, :num_tokens] = held[i]
-                held[i] = None  # one tensor at a time is there twice
-            self._memory.append(memory)
+                moved = grown[i][:, :, :num_tokens]
+                moved.copy_(self._states[i])
+                self._states = (*self._states[:i], moved, *self._states[i + 1 :])
+        self._memory = grown
+
+    def crop(self, num_tokens: int) -> None:
+        """Drops all but the first tokens."""
+        self._states = tuple(states[:, :, :num_tokens] for states in self._states)
 
     def read(self) -> tuple[torch.Tensor, ...]:
         """All tokens of each tensor, as they lie."""
@@ -112,6 +123,11 @@ class HostStorage:
         return self._device is not None and self._device.type == "cuda"
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the last tensor, `None` before there is one."""
+        return self._blocks[0][-1].dtype if self._blocks else None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tokens that are held."""
         return sum(memory[0].nbytes for block in self._blocks[:1] for memory in block) * self.num_tokens
@@ -138,6 +154,12 @@ class HostStorage:
                 memory[filled : filled + length].copy_(new[start : start + length], non_blocking=self._is_pinned)
             start += length
             self.num_tokens += length
+
+    def crop(self, num_tokens: int) -> None:
+        """Drops all but the first tokens."""
+        self._fetched = None
+        self.num_tokens = num_tokens
+        del self._blocks[-(-num_tokens // self.tokens_per_block) :]
 
     def _new_block(self, states: torch.Tensor) -> torch.Tensor:
         shape = (self.tokens_per_block, *states.shape[1:])
