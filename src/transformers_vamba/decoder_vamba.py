@@ -99,7 +99,7 @@ class VambaCrossAttention(Qwen2VLAttention):
             if keys is None:
                 outputs.append(torch.zeros_like(query))
                 continue
-            if keys.dtype != query.dtype:
+            if keys.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
                 raise ValueError(
                     f"The cache holds a video in {keys.dtype}, and is read in {query.dtype}. Load the model with "
                     f"`dtype={keys.dtype}`, or encode the video anew."
