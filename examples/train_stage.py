@@ -60,7 +60,7 @@ class StageArguments:
     data: list[str] = field(metadata={"help": "data files"})
     media_folder: str = field(default="", metadata={"help": "what the paths of images and videos are relative to"})
     streaming: bool = field(default=False, metadata={"help": "read the data files as the run goes; needs max_steps"})
-    num_frames: int | None = field(default=None, metadata={"help": "frames of a video, evenly spread"})
+    num_frames: int | None = field(default=None, metadata={"help": "frames of a video, evenly spread; 0 for `fps`"})
     fps: float | None = field(default=None, metadata={"help": "or frames a second"})
     max_frames: int | None = field(default=None, metadata={"help": "frames at most, with fps"})
     shortest_edge: int | None = field(default=None, metadata={"help": "of a frame, in pixels"})
@@ -117,7 +117,7 @@ def load_conversations(files: list[str], media_folder: str, streaming: bool, see
     def convert(row):
         try:
             return to_messages(row, media_folder)
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             if on_error == "raise":
                 raise ValueError(f"Cannot train on {row}: {error}") from error
             logger.warning(f"Cannot train on {row}: {error} The row is left out.")
@@ -143,6 +143,11 @@ def load_model(path: str, **kwargs) -> VambaForConditionalGeneration:
 
 def main(args: list[str] | None = None) -> Trainer:
     args, training_args = TrlParser((StageArguments, TrainingArguments)).parse_args_and_config(args)
+    if args.num_frames and args.fps:  # with `on_error: skip` every video would be left out for it
+        raise ValueError(
+            f"`num_frames` and `fps` exclude one another, got {args.num_frames} and {args.fps}: where the YAML file "
+            "has the one, pass 0 for it."
+        )
     training_args.remove_unused_columns = False  # the collator reads them
     # Each process makes its batches itself: Accelerate would cut those of a stream by row, and pixels have no rows.
     training_args.accelerator_config.dispatch_batches = False
@@ -153,8 +158,9 @@ def main(args: list[str] | None = None) -> Trainer:
     processor = VambaProcessor.from_pretrained(args.model)
 
     videos_kwargs = {name: getattr(args, name) for name in ("num_frames", "fps", "max_frames") if getattr(args, name)}
-    if args.shortest_edge and args.longest_edge:
-        videos_kwargs["size"] = {"shortest_edge": args.shortest_edge, "longest_edge": args.longest_edge}
+    edges = {name: getattr(args, name) for name in ("shortest_edge", "longest_edge") if getattr(args, name)}
+    if edges:
+        videos_kwargs["size"] = dict(processor.video_processor.size) | edges
     trainer_class, options = Trainer, {}
     if args.distill:
         trainer_class, options = VambaDistillationTrainer, {"distill_coeff": args.distill_coeff}

@@ -36,6 +36,7 @@ FORMS = {
     "two layers": ({"layers_per_checkpoint": 2}, {}, 5),
     "all layers": ({"layers_per_checkpoint": 28}, {}, 2**14),
     "offload": ({}, {"offload": True}, 5),
+    "offload among the rest": ({"offload": True, "layers_per_checkpoint": 2}, {}, 5),
     "offload whole layers": ({"use_reentrant": True}, {"offload": True}, 5),
     "offload every second layer": ({}, {"offload": True, "every_n_layers": 2}, 5),
     "offload two layers": ({"layers_per_checkpoint": 2}, {"offload": True}, 5),
@@ -202,6 +203,7 @@ def test_a_frozen_tower_keeps_nothing(monkeypatch, trained, checkpointing):
         ({"layers_per_checkpoint": "2"}, {}, "at least 1, got '2'"),
         ({"layers_per_checkpoint": 2, "use_reentrant": True}, {}, "`use_reentrant=True`"),
         ({"layers_per_checkpoint": 2}, {"every_n_layers": 2}, "`every_n_layers=2`"),
+        ({"offload": True, "use_reentrant": True}, {}, "needs `use_reentrant=False`"),
     ],
 )
 def test_bad_options(kwargs, options, message):

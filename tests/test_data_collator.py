@@ -235,6 +235,30 @@ def test_rows_of_an_arrow_table_with_media_in_columns(processor, write_video):
     torch.testing.assert_close(dict(from_columns), dict(expected), atol=0, rtol=0)
 
 
+def test_media_of_columns_take_the_place_of_parts_with_an_index(processor):
+    """As LLaVA's data sets have them that were made for TRL."""
+    parts = [{"type": "text", "text": "What?", "index": None}, {"type": "image", "text": "", "index": 0}]
+    batch = VambaDataCollator(processor)(
+        [{"messages": [{"role": "user", "content": parts}, assistant("yes")], "images": [grey_image(10)]}]
+    )
+    expected = VambaDataCollator(processor)([{"messages": [user("What?", image(10)), assistant("yes")]}])
+    torch.testing.assert_close(dict(batch), dict(expected), atol=0, rtol=0)
+
+
+def test_what_nothing_reads_of_a_part_is_named(processor, video_file, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers_vamba"), "propagate", True)
+    part = {**video(video_file), "fps": 2.0, "nframes": None}
+    VambaDataCollator(processor)([{"messages": [user(part, "What?"), assistant("yes")]}])
+    assert any("Nothing reads ['fps'] of a part of type 'video'" in record.message for record in caplog.records)
+
+
+def test_an_error_does_not_print_a_whole_file(processor):
+    row = {"messages": [user({"type": "image"}), assistant("yes")], "images": [{"bytes": bytes(10**5)}]}
+    with pytest.raises(ValueError, match="Cannot train on a row with {'bytes'") as error:
+        VambaDataCollator(processor)([row])
+    assert len(str(error.value)) < 1000
+
+
 # What cannot be trained on
 
 
@@ -262,6 +286,14 @@ def broken(tmp_path, video_file):
         "messages": [user("?"), assistant("yes")],
         "top_k_values": [[1.0, 0.5]],
     }
+    openai = {"type": "video_url", "video_url": {"url": video_file}}
+    broken["must be one of .*, got 'video_url'"] = {"messages": [user(openai, "?"), assistant("yes")]}
+    broken["`videos` must be a list of videos, got str"] = {
+        "messages": [user({"type": "video"}, "?"), assistant("yes")],
+        "videos": video_file,
+    }
+    broken["must have `role` and `content`, got \\['role'\\]"] = {"messages": [user("?"), {"role": "assistant"}]}
+    broken["no attribute"] = {"messages": [{"role": "user", "content": ["?"]}, assistant("yes")]}
     broken["does not write message 0, of the assistant"] = {"messages": [assistant("yes"), user("?")]}
     return broken
 
@@ -275,9 +307,9 @@ def test_a_broken_row_stops_the_run_and_is_named(processor, broken):
 @pytest.mark.parametrize("packing", (True, False))
 def test_broken_rows_are_left_out_with_a_warning(processor, rows, broken, packing, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers_vamba"), "propagate", True)
-    mixed = [row for pair in zip(broken.values(), rows * 4) for row in pair]
+    mixed = [row for pair in zip(broken.values(), rows * 6) for row in pair]
     batch = VambaDataCollator(processor, packing=packing, on_error="skip")(mixed)
-    good = VambaDataCollator(processor, packing=packing)((rows * 4)[: len(broken)])
+    good = VambaDataCollator(processor, packing=packing)((rows * 6)[: len(broken)])
     assert batch.keys() == good.keys() and all(torch.equal(batch[name], good[name]) for name in good)
     warnings = [record.message for record in caplog.records if "is left out" in record.message]
     assert len(warnings) == len(broken)
@@ -286,7 +318,7 @@ def test_broken_rows_are_left_out_with_a_warning(processor, rows, broken, packin
 def test_a_batch_without_a_good_row_repeats_the_last_one(processor, rows, broken):
     collator = VambaDataCollator(processor, on_error="skip")
     bad_rows = list(broken.values())
-    with pytest.raises(ValueError, match="None of the 2 rows of the first batch"):
+    with pytest.raises(ValueError, match="None of the 2 rows of the first batch .* Could not read"):
         collator(bad_rows[:2])
     collator([rows[0], bad_rows[0], rows[2], bad_rows[1]])
     batch = collator(bad_rows)

@@ -256,6 +256,16 @@ def test_stored_logits_go_through_the_collator(processor, student, rows, tmp_pat
         trainer.data_collator(rows)
 
 
+def test_metrics_get_a_logit_for_each_label(processor, student, teacher, rows, tmp_path):
+    trainer = make_trainer(student, processor, tmp_path, rows, teacher=teacher, per_device_eval_batch_size=2)
+    (logits, labels, _), batch = trainer.predict(rows), trainer.data_collator(rows)
+    assert labels.shape == batch["labels"].shape == logits.shape[:2]
+    expected = torch.cat([student.eval()(**trainer.data_collator([row])).logits[0, -3:] for row in rows])
+    lengths = batch["attention_mask"].sum(1)
+    actual = torch.cat([torch.tensor(logits[i, n - 3 : n]) for i, n in enumerate(lengths)])
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_wrong_arguments(processor, student, teacher, rows, tmp_path):
     trainer = make_trainer(student, processor, tmp_path, rows)
     with pytest.raises(ValueError, match="without a teacher needs `top_k_values` and `top_k_indices`"):

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_vamba import tiny_model
+from tiny_vamba import TEXT_CONFIG, VISION_CONFIG, tiny_config, tiny_model
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from transformers_vamba import VambaForConditionalGeneration
 
@@ -100,6 +101,21 @@ def train_and_resume(folder: Path, kind: str, **kwargs):
 @pytest.mark.parametrize("kind", ("ddp", *SHARDED))
 def test_resume(tmp_path, alone, kind):
     assert_same_run(train_and_resume(tmp_path, kind), alone("frozen"))
+
+
+@needs_deepspeed
+def test_from_qwen2_vl(tmp_path):
+    names = (*TEXT_CONFIG, "rope_parameters")
+    text_config = {name: getattr(tiny_config().text_config, name) for name in names if "mamba" not in name}
+    Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(text_config=text_config, vision_config=VISION_CONFIG)
+    ).save_pretrained(tmp_path)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", *launcher("ddp", "no"), str(TESTS / "init_in_processes.py"), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        check=True,
+        timeout=120,
+    )
 
 
 @pytest.mark.gpu

@@ -232,6 +232,18 @@ def test_alpha_trains_beside_an_adapter(tmp_path):
     torch.testing.assert_close(logits(model.merge_and_unload(), "video"), expected, atol=1e-5, rtol=0)
 
 
+def test_alpha_trains_on_after_loading(tmp_path):
+    base = base_model()
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=lora_target_modules(base.config))
+    VambaPeftModel(base, config).save_pretrained(tmp_path)
+    model = VambaPeftModel.from_pretrained(base_model(), tmp_path, is_trainable=True)
+    train(model, "video")
+    model.save_pretrained(tmp_path)
+    loaded = alphas_of(peft.PeftModel.from_pretrained(base_model(), tmp_path))
+    assert all(torch.equal(alpha, loaded[name]) for name, alpha in alphas_of(model).items())
+    assert not any(torch.equal(alpha, base.get_parameter(name[17:])) for name, alpha in loaded.items())
+
+
 def test_alpha_is_saved_with_every_adapter_and_only_by_the_main_process(tmp_path):
     model = model_with_alpha()
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["in_proj"]))

@@ -243,6 +243,17 @@ def test_marks_and_media_that_do_not_match(row, error, streaming, tmp_path):
         list(train_stage.load_conversations(files, "", streaming, 0, "raise"))
 
 
+@pytest.mark.parametrize("streaming", (True, False))
+def test_a_turn_without_words_is_left_out(streaming, tmp_path):
+    rows = [{"conversations": [human("Hm?"), {"from": "gpt", "value": said}]} for said in (None, "no")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    files = [str(tmp_path / "rows.json")]
+    (kept,) = train_stage.load_conversations(files, "", streaming, 0, "skip")
+    assert kept["messages"][1]["content"][0]["text"] == "no"
+    with pytest.raises(ValueError, match="Cannot train on .*None"):
+        list(train_stage.load_conversations(files, "", streaming, 0, "raise"))
+
+
 def stage_arguments(stage: int, model: str, files: list[str], folder: Path, output_dir, *more: str) -> list[str]:
     return [
         *("--config", str(EXAMPLES / f"train_stage{stage}.yaml")),
@@ -272,6 +283,23 @@ def test_both_stages_one_after_the_other(media_folder, qwen2_vl, tmp_path, packi
     changed = {name for name in last if not torch.equal(last[name], after[name])}
     assert changed and not any(".visual." in name and ".merger." not in name for name in changed)
     assert any(".visual.merger." in name for name in changed) and any(".mlp." in name for name in changed)
+
+
+def test_frames_by_rate_in_the_place_of_the_number_that_the_configuration_has(media_folder, tmp_path):
+    """A clash of the two would otherwise be an error of every video, and each of them left out."""
+    arguments = stage_arguments(2, str(TINY_MODEL), data_files(media_folder)[1:2], media_folder, tmp_path / "out")
+    arguments += ["--fps", "4", "--max_steps", "1"]
+    with pytest.raises(ValueError, match="exclude one another, got 4 and 4.0"):
+        train_stage.main(arguments)
+    trainer = train_stage.main([*arguments, "--num_frames", "0"])
+    assert trainer.data_collator.processor_kwargs["videos_kwargs"]["fps"] == 4
+
+
+def test_one_edge_alone(media_folder, tmp_path):
+    arguments = stage_arguments(1, str(TINY_MODEL), data_files(media_folder)[1:2], media_folder, tmp_path / "out")
+    trainer = train_stage.main([*arguments, "--shortest_edge", "0", "--longest_edge", "30", "--max_steps", "1"])
+    size = trainer.data_collator.processor_kwargs["videos_kwargs"]["size"]
+    assert size == dict(trainer.processing_class.video_processor.size) | {"longest_edge": 30}
 
 
 def test_a_published_checkpoint_goes_on():

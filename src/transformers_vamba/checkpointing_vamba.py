@@ -41,14 +41,14 @@ def run_in_parts(function: Callable, *args):
 def resolve_checkpointing(gradient_checkpointing_func: Callable, every_n_layers: int) -> tuple[Callable, int]:
     """
     What Transformers' `gradient_checkpointing_enable` has made of its arguments, with two differences: its
-    `gradient_checkpointing_kwargs` may hold `layers_per_checkpoint` as well, and `offload=True` copies beside the
-    computation.
+    `gradient_checkpointing_kwargs` may hold `layers_per_checkpoint` and `offload` as well, as those of a `Trainer` do,
+    and `offload=True` copies beside the computation.
 
     Returns:
         `tuple[Callable, int]`: The checkpointing function, and the number of layers for which one input is kept.
 
     Raises:
-        ValueError: for a `layers_per_checkpoint` that is no positive integer, or cannot be combined with the rest.
+        ValueError: for a `layers_per_checkpoint` that is no positive integer, or what cannot be combined.
     """
     function = getattr(gradient_checkpointing_func, "func", gradient_checkpointing_func)
     kwargs = {"use_reentrant": False, **getattr(gradient_checkpointing_func, "keywords", {})}
@@ -60,8 +60,12 @@ def resolve_checkpointing(gradient_checkpointing_func: Callable, every_n_layers:
             f"`layers_per_checkpoint={layers_per_checkpoint}` needs `use_reentrant=False` and `every_n_layers=1`, got "
             f"`use_reentrant={kwargs['use_reentrant']}` and `every_n_layers={every_n_layers}`."
         )
+    offload = kwargs.pop("offload", False)
+    if offload and kwargs["use_reentrant"]:
+        raise ValueError("`offload=True` among the `gradient_checkpointing_kwargs` needs `use_reentrant=False`.")
     # The name of Transformers' function for `offload=True`, which copies in line with the computation.
-    if getattr(function, "__name__", None) == "checkpoint_func" and not kwargs["use_reentrant"]:
+    offload = offload or getattr(function, "__name__", None) == "checkpoint_func"
+    if offload and not kwargs["use_reentrant"]:
         function = OffloadedCheckpoint()
     return partial(function, **kwargs), layers_per_checkpoint
 

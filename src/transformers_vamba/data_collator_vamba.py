@@ -26,6 +26,10 @@ from .processing_vamba import VambaProcessor
 
 logger = logging.get_logger(__name__)
 
+# Where `apply_chat_template` finds an image or a video in the part of a message that stands for it.
+SOURCES = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
+PART_TYPES = ("text", "image", "image_url", "video")
+
 
 @dataclass
 class VambaDataCollator:
@@ -80,10 +84,14 @@ class VambaDataCollator:
             raise ValueError(f"`on_error` must be 'raise' or 'skip', got {self.on_error!r}.")
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        samples = list(self._prepare_rows(rows))
+        errors: list[Exception] = []
+        samples = list(self._prepare_rows(rows, errors))
         if not samples:
             if self._last_row is None:
-                raise ValueError(f"None of the {len(rows)} rows of the first batch can be trained on.")
+                raise ValueError(
+                    f"None of the {len(rows)} rows of the first batch of this process can be trained on, so there is "
+                    f"no row to take in their place. The last one: {errors[-1]}"
+                ) from errors[-1]
             logger.warning("A batch is left without rows, and takes the last good row of an earlier one once more.")
             samples = [self._prepare_row(self._last_row)]
         batch = self._pack(samples) if self.packing else self._pad(samples)
@@ -101,7 +109,7 @@ class VambaDataCollator:
                 batch[name] = torch.cat(stored)
         return batch
 
-    def _prepare_rows(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, torch.Tensor]]:
+    def _prepare_rows(self, rows: list[dict[str, Any]], errors: list[Exception]) -> Iterator[dict[str, torch.Tensor]]:
         for row in rows:
             try:
                 sample = self._prepare_row(row)
@@ -110,6 +118,7 @@ class VambaDataCollator:
                 if self.on_error == "raise":
                     raise ValueError(message) from error
                 logger.warning(f"{message} The row is left out.")
+                errors.append(error)
             else:
                 self._last_row = row
                 yield sample
@@ -183,15 +192,23 @@ def _fill_in_media(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The messages of a row, with the media of its columns in their places."""
     if "messages" not in row:
         raise ValueError(f"a row must have `messages`, got {sorted(row)}.")
-    columns = {medium: iter(row.get(f"{medium}s") or ()) for medium in ("image", "video")}
+    columns = {}
+    for medium in SOURCES:
+        column = [] if row.get(f"{medium}s") is None else row[f"{medium}s"]
+        if not isinstance(column, (list, tuple)):
+            raise ValueError(f"the column `{medium}s` must be a list of {medium}s, got {type(column).__name__}.")
+        columns[medium] = iter(column)
     messages = []
     for message in row["messages"]:
         message = _without_none(message)
+        if not {"role", "content"} <= message.keys():
+            raise ValueError(f"a message must have `role` and `content`, got {sorted(message)}.")
         if not isinstance(message["content"], str):
             message["content"] = parts = [_without_none(part) for part in message["content"]]
             for part in parts:
+                _check_part(part)
                 medium = part["type"]
-                if medium in columns and len(part) == 1:
+                if medium in columns and not any(source in part for source in SOURCES[medium]):
                     part[medium] = next(columns[medium], None)
                     if part[medium] is None:
                         raise ValueError(f"the messages have more {medium}s than the column `{medium}s`.")
@@ -200,6 +217,19 @@ def _fill_in_media(row: dict[str, Any]) -> list[dict[str, Any]]:
         if num_left := len(list(left)):
             raise ValueError(f"the column `{medium}s` has {num_left} {medium}s more than the messages.")
     return messages
+
+
+def _check_part(part: dict[str, Any]) -> None:
+    """What is not read would be left out without a word, and the row trained on without it."""
+    if part.get("type") not in PART_TYPES:
+        raise ValueError(f"the `type` of a part of a message must be one of {PART_TYPES}, got {part.get('type')!r}.")
+    if part["type"] in SOURCES:
+        # `index` and `text` are what data sets give to all parts.
+        if unread := sorted(part.keys() - {"type", "index", "text", *SOURCES[part["type"]]}):
+            logger.warning_once(
+                f"Nothing reads {unread} of a part of type {part['type']!r}: how files are read and sampled is said "
+                "by `processor_kwargs`, for all rows."
+            )
 
 
 def _without_none(entries: dict[str, Any]) -> dict[str, Any]:
@@ -212,9 +242,9 @@ def _describe(row: dict[str, Any]) -> str:
     try:
         parts = [part for message in _fill_in_media(row) for part in message["content"] if isinstance(part, dict)]
         media = [value for part in parts if part["type"] != "text" for name, value in part.items() if name != "type"]
-    except (KeyError, TypeError, ValueError):
+    except Exception:  # as above: this describes what is wrong already
         media = []
-    return ", ".join(map(repr, media)) if media else f"the entries {str(row)[:200]}"
+    return ", ".join(repr(medium)[:200] for medium in media) if media else f"the entries {str(row)[:200]}"
 
 
 __all__ = ["VambaDataCollator"]

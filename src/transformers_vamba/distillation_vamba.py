@@ -93,8 +93,9 @@ class VambaDistillationTrainer(Trainer):
                     f"{sorted(inputs)}."
                 )
             top_k_values, top_k_indices = inputs.pop("top_k_values"), inputs.pop("top_k_indices")
-        # Logits only for what is compared with anything.
-        positions = (distilled | (targets != -100)).any(0).nonzero()[:, 0]
+        # Logits only for what is compared with anything; in evaluation all, as metrics compare them with the labels.
+        is_compared = (distilled | (targets != -100)).any(0)
+        positions = (is_compared | (not model.training)).nonzero()[:, 0]
         inputs["logits_to_keep"] = positions
         inputs["labels"] = (targets[:, positions], distilled[:, positions], top_k_values, top_k_indices)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -27,11 +27,13 @@ class VambaPeftModel(PeftModel):
 
     PEFT's `modules_to_save` copies modules, and its `target_parameters` adapts matrices: neither takes `alpha`, a
     parameter of one number. Loading needs nothing of this class: `PeftModel.from_pretrained` and a `Trainer` that
-    resumes load what the file holds. `alpha` is one for all adapters of a model, and stays as trained where they are
-    switched off or merged.
+    resumes load what the file holds. To train on, `VambaPeftModel.from_pretrained(model, folder, is_trainable=True)`.
+    `alpha` is one for all adapters of a model, and stays as trained where they are switched off or merged.
     """
 
     def __init__(self, model, peft_config, adapter_name: str = "default", **kwargs):
+        # By a task, `from_pretrained` would choose a class of PEFT's own, which neither trains nor saves `alpha`.
+        peft_config.task_type = None
         super().__init__(model, peft_config, adapter_name, **kwargs)
         if not peft_config.inference_mode:
             for name, parameter in self.named_parameters():

@@ -93,11 +93,11 @@ def state_of_earlier_ranks(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, group: dist.ProcessGroup
+        ctx, scaled_query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: dist.ProcessGroup
     ) -> torch.Tensor:
-        with torch.autocast(query.device.type, enabled=False):
-            output, log_sum = 0, torch.tensor(-torch.inf, device=query.device)
-            for scores, _, value_part in _parts(query, keys, values, scaling):
+        with torch.autocast(scaled_query.device.type, enabled=False):
+            output, log_sum = 0, torch.tensor(-torch.inf, device=scaled_query.device)
+            for scores, _, value_part in _parts(scaled_query, keys, values):
                 new_log_sum = torch.logaddexp(log_sum, scores.logsumexp(-1, keepdim=True))
                 output = output * (log_sum - new_log_sum).exp() + (scores - new_log_sum).exp() @ value_part
                 log_sum = new_log_sum
@@ -107,38 +107,35 @@ class _Attention(torch.autograd.Function):
             sums = torch.cat([output * weight, weight], dim=-1)
             dist.all_reduce(sums, group=group)
             output, weight = sums[..., :-1] / sums[..., -1:], sums[..., -1:]
-            ctx.save_for_backward(query, keys, values, output, largest + weight.log())
-        ctx.scaling, ctx.group = scaling, group
-        return output.to(query.dtype)
+            ctx.save_for_backward(scaled_query, keys, values, output, largest + weight.log())
+        ctx.group = group
+        return output
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, keys, values, output, log_sum = ctx.saved_tensors
-        with torch.autocast(query.device.type, enabled=False):
-            grad = grad.to(output.dtype, memory_format=torch.contiguous_format, copy=True)
+        scaled_query, keys, values, output, log_sum = ctx.saved_tensors
+        with torch.autocast(scaled_query.device.type, enabled=False):
+            grad = grad.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(grad, group=ctx.group)
             grad_of_query, grads_of_keys, grads_of_values = 0, [], []
             mean = (grad * output).sum(-1, keepdim=True)
-            scaled_query = query.to(output.dtype) * ctx.scaling
-            for scores, key_part, value_part in _parts(query, keys, values, ctx.scaling):
+            for scores, key_part, value_part in _parts(scaled_query, keys, values):
                 probabilities = (scores - log_sum).exp()
                 grad_of_scores = probabilities * (grad @ value_part.mT - mean)
-                grad_of_query = grad_of_query + grad_of_scores @ key_part * ctx.scaling
+                grad_of_query = grad_of_query + grad_of_scores @ key_part
                 grads_of_keys.append((grad_of_scores.mT @ scaled_query).to(keys.dtype))
                 grads_of_values.append((probabilities.mT @ grad).to(values.dtype))
-        return grad_of_query.to(query.dtype), torch.cat(grads_of_keys, 2), torch.cat(grads_of_values, 2), None, None
+        return grad_of_query, torch.cat(grads_of_keys, 2), torch.cat(grads_of_values, 2), None
 
 
 def _parts(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    scaled_query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The scores of some of the keys at a time, those keys and their values, in float32 at least."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    scaled_query = query.to(dtype) * scaling
-    num_tokens = max(1, MAX_SCORES // query[..., 0].numel())
+    """The scores of some of the keys at a time, those keys and their values, in the query's dtype."""
+    num_tokens = max(1, MAX_SCORES // scaled_query[..., 0].numel())
     for key_part, value_part in zip(keys.split(num_tokens, 2), values.split(num_tokens, 2)):
-        key_part = key_part.to(dtype)
-        yield scaled_query @ key_part.mT, key_part, value_part.to(dtype)
+        key_part = key_part.to(scaled_query.dtype)
+        yield scaled_query @ key_part.mT, key_part, value_part.to(scaled_query.dtype)
 
 
 def attend_across_ranks(
@@ -156,7 +153,8 @@ def attend_across_ranks(
     Returns:
         `torch.Tensor` of the query's shape and dtype, the same on every rank; computed in float32 at least.
     """
-    return _Attention.apply(query, keys, values, scaling, group)
+    scaled_query = query.to(torch.promote_types(query.dtype, torch.float32)) * scaling
+    return _Attention.apply(scaled_query, keys, values, group).to(query.dtype)
 
 
 def check_stretches(
