@@ -165,6 +165,7 @@ class VambaProcessor(Qwen2VLProcessor):
         Yields:
             `BatchFeature`: `pixel_values_videos` and `video_grid_thw` of the segment; and `num_remaining_tokens`, the
             tokens of the segments to come, unless the source is a live one. `encode_video` sizes its cache by it.
+            Leaving off early waits for the read in progress: of a stalled live source, for its next byte or its end.
 
         Raises:
             `FileNotFoundError`: for a path without a file.
