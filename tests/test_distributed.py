@@ -30,7 +30,6 @@ from transformers_vamba import VambaForConditionalGeneration
 
 
 TESTS = Path(__file__).parent
-PROGRAM = TESTS / "train_in_processes.py"
 CONFIGS = TESTS.parent / "examples" / "accelerate"
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
@@ -47,20 +46,25 @@ def launcher(kind: str, mixed_precision: str) -> list[str]:
     return [*command, "--num_processes", "2", "--main_process_port", "0", "--mixed_precision", mixed_precision]
 
 
-def train(folder: Path, kind: str, *arguments: str, on_gpus: bool = False, mixed_precision: str = "no"):
-    """Runs the program, and returns its losses and the weights it has saved."""
-    if not (folder / "initial").is_dir():
-        tiny_model().save_pretrained(folder / "initial")
+def run(kind: str, program: str, *arguments: str, on_gpus: bool = False, mixed_precision: str = "no", timeout=240):
+    """Runs a program of this folder, in one process or two."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if not on_gpus:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     subprocess.run(
-        [sys.executable, "-W", "ignore", *launcher(kind, mixed_precision), str(PROGRAM), str(folder), *arguments],
+        [sys.executable, "-W", "ignore", *launcher(kind, mixed_precision), str(TESTS / program), *arguments],
         env=environment,
         cwd=TESTS,
         check=True,
-        timeout=240,
+        timeout=timeout,
     )
+
+
+def train(folder: Path, kind: str, *arguments: str, **kwargs):
+    """Runs the training program, and returns its losses and the weights it has saved."""
+    if not (folder / "initial").is_dir():
+        tiny_model().save_pretrained(folder / "initial")
+    run(kind, "train_in_processes.py", str(folder), *arguments, **kwargs)
     losses = json.loads((folder / "losses.json").read_text())
     return losses, VambaForConditionalGeneration.from_pretrained(folder / "final", dtype=torch.float32).state_dict()
 
@@ -105,17 +109,11 @@ def test_resume(tmp_path, alone, kind):
 
 @needs_deepspeed
 def test_from_qwen2_vl(tmp_path):
-    names = (*TEXT_CONFIG, "rope_parameters")
-    text_config = {name: getattr(tiny_config().text_config, name) for name in names if "mamba" not in name}
-    Qwen2VLForConditionalGeneration(
-        Qwen2VLConfig(text_config=text_config, vision_config=VISION_CONFIG)
-    ).save_pretrained(tmp_path)
-    subprocess.run(
-        [sys.executable, "-W", "ignore", *launcher("ddp", "no"), str(TESTS / "init_in_processes.py"), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
-        check=True,
-        timeout=120,
-    )
+    text_config = {name: value for name, value in TEXT_CONFIG.items() if not name.startswith("mamba")}
+    text_config["rope_parameters"] = tiny_config().text_config.rope_parameters
+    config = Qwen2VLConfig(text_config=text_config, vision_config=VISION_CONFIG)
+    Qwen2VLForConditionalGeneration(config).save_pretrained(tmp_path)
+    run("ddp", "init_in_processes.py", str(tmp_path), timeout=120)
 
 
 @pytest.mark.gpu
@@ -123,5 +121,5 @@ def test_from_qwen2_vl(tmp_path):
 @pytest.mark.parametrize("mixed_precision, atol, rtol", (("no", 1e-4, 1e-3), ("bf16", 5e-3, 2e-2)))
 @pytest.mark.parametrize("kind", SHARDED)
 def test_on_gpus(tmp_path, alone, kind, mixed_precision, atol, rtol):
-    run = train_and_resume(tmp_path, kind, on_gpus=True, mixed_precision=mixed_precision)
-    assert_same_run(run, alone("frozen"), atol, rtol)
+    resumed = train_and_resume(tmp_path, kind, on_gpus=True, mixed_precision=mixed_precision)
+    assert_same_run(resumed, alone("frozen"), atol, rtol)

@@ -333,11 +333,10 @@ def plot_results(folder: Path, machine: str, rows: list[dict]) -> None:
             colour = f"C{list(NAMES).index(model)}"
             style = "o-" if attention == "sdpa" else "s--"
             axis.plot(*zip(*points) if points else ([], []), style, color=colour, label=f"{NAMES[model]}, {attention}")
-            if key == "decode_ms":
-                for row in own:
-                    if "compiled_decode_ms" in row:
-                        axis.plot(row["frames"], row["compiled_decode_ms"], "D", color=colour)
-                        axis.annotate("  compiled", (row["frames"], row["compiled_decode_ms"]), va="center")
+            compiled = [(row["frames"], row["compiled_decode_ms"]) for row in own if "compiled_decode_ms" in row]
+            for point in compiled if key == "decode_ms" else ():
+                axis.plot(*point, "D", color=colour)
+                axis.annotate("  compiled", point, va="center")
         frames = sorted({row["frames"] for row in rows})
         axis.set_xscale("log", base=2)
         axis.set_xlim(frames[0] / 1.2, frames[-1] * 1.2)

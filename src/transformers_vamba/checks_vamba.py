@@ -109,4 +109,25 @@ def check_no_media_expected(config: PreTrainedConfig, input_ids: Any, mm_token_t
             logger.warning_once(f"The text has places (`<|vision_start|><|vision_end|>`) for {hint}")
 
 
-__all__ = ["check_no_media_expected", "check_tensor", "check_text"]
+def check_prompt_goes_on(past_length: int, length: int | None) -> None:
+    """
+    Raises a `ValueError` where a prompt, of `length` tokens with the `past_length` that the cache holds, brings
+    nothing new, and so does not go on from them.
+    """
+    if past_length and length is not None and length <= past_length:
+        raise ValueError(
+            f"The cache holds {past_length} tokens of text, and a prompt that goes on from them is longer; got one of "
+            f"{length}. To ask several questions about one video, give each a fork of the cache from before the "
+            "first: `generate(..., past_key_values=cache.fork())`."
+        )
+
+
+def video_dtype_error(held: torch.dtype, other: torch.dtype, use: str) -> ValueError:
+    """What to raise for a video in the dtype `held` whose `use`, "read" say, is in another."""
+    return ValueError(
+        f"The cache holds a video in {held}, and is {use} in {other}. Load the model with `dtype={held}`, or encode "
+        "the video anew."
+    )
+
+
+__all__ = ["check_no_media_expected", "check_prompt_goes_on", "check_tensor", "check_text", "video_dtype_error"]

@@ -84,14 +84,13 @@ class VambaDataCollator:
             raise ValueError(f"`on_error` must be 'raise' or 'skip', got {self.on_error!r}.")
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        errors: list[Exception] = []
-        samples = list(self._prepare_rows(rows, errors))
+        samples, last_error = self._prepare_rows(rows)
         if not samples:
             if self._last_row is None:
                 raise ValueError(
                     f"None of the {len(rows)} rows of the first batch of this process can be trained on, so there is "
-                    f"no row to take in their place. The last one: {errors[-1]}"
-                ) from errors[-1]
+                    f"no row to take in their place. The last one: {last_error}"
+                ) from last_error
             logger.warning("A batch is left without rows, and takes the last good row of an earlier one once more.")
             samples = [self._prepare_row(self._last_row)]
         batch = self._pack(samples) if self.packing else self._pad(samples)
@@ -109,19 +108,21 @@ class VambaDataCollator:
                 batch[name] = torch.cat(stored)
         return batch
 
-    def _prepare_rows(self, rows: list[dict[str, Any]], errors: list[Exception]) -> Iterator[dict[str, torch.Tensor]]:
+    def _prepare_rows(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, torch.Tensor]], Exception | None]:
+        """The rows that can be trained on, and the last error of those that cannot."""
+        samples, last_error = [], None
         for row in rows:
             try:
-                sample = self._prepare_row(row)
+                samples.append(self._prepare_row(row))
             except Exception as error:  # a broken file raises whatever its decoder does
                 message = f"Cannot train on a row with {_describe(row)}: {error}"
                 if self.on_error == "raise":
                     raise ValueError(message) from error
                 logger.warning(f"{message} The row is left out.")
-                errors.append(error)
+                last_error = error
             else:
                 self._last_row = row
-                yield sample
+        return samples, last_error
 
     def _prepare_row(self, row: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The inputs of one row, of shape (1, tokens) those of the text."""

@@ -28,6 +28,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 
 from .cache_vamba import VambaCache
+from .checks_vamba import video_dtype_error
 from .configuration_vamba import VambaTextConfig
 from .mixer_vamba import VambaVisionMixer
 from .quantized_attention_vamba import QuantizedStates, attend_quantized
@@ -100,10 +101,7 @@ class VambaCrossAttention(Qwen2VLAttention):
                 outputs.append(torch.zeros_like(query))
                 continue
             if keys.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
-                raise ValueError(
-                    f"The cache holds a video in {keys.dtype}, and is read in {query.dtype}. Load the model with "
-                    f"`dtype={keys.dtype}`, or encode the video anew."
-                )
+                raise video_dtype_error(keys.dtype, query.dtype, "read")
             # (num_videos, num_key_value_heads, num_tokens, heads that share a key, head_dim)
             heads_per_key = self.num_heads // self.num_key_value_heads
             query = query.reshape(keys.shape[0], -1, keys.shape[1], heads_per_key, self.head_dim).transpose(1, 2)

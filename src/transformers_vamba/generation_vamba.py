@@ -16,6 +16,7 @@
 from transformers.generation import GenerationMixin
 
 from .cache_vamba import VambaCache
+from .checks_vamba import check_prompt_goes_on
 from .media_vamba import group_media_by_row, pop_media
 
 
@@ -50,9 +51,8 @@ class VambaGenerationMixin(GenerationMixin):
             check_prompt_goes_on(past_length, length)
             encoded.check_video_cache_implementation(implementation)
             implementation = encoded.video_cache_implementation
-        if generation_config.cache_implementation is not None and isinstance(encoded, VambaCache):
-            # A cache with videos alone leaves open which kind of cache the text gets.
-            if past_length == 0:
+            if past_length == 0 and generation_config.cache_implementation is not None:
+                # A cache with videos alone leaves open which kind of cache the text gets.
                 del model_kwargs["past_key_values"]
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -78,19 +78,6 @@ class VambaGenerationMixin(GenerationMixin):
         if cache.is_compileable and not cache.is_video_offloaded:
             cache.mark_static_videos()
         model_kwargs["past_key_values"] = cache
-
-
-def check_prompt_goes_on(past_length: int, length: int | None) -> None:
-    """
-    Raises a `ValueError` where a prompt, of `length` tokens with the `past_length` that the cache holds, brings
-    nothing new, and so does not go on from them.
-    """
-    if past_length and length is not None and length <= past_length:
-        raise ValueError(
-            f"The cache holds {past_length} tokens of text, and a prompt that goes on from them is longer; got one of "
-            f"{length}. To ask several questions about one video, give each a fork of the cache from before the "
-            "first: `generate(..., past_key_values=cache.fork())`."
-        )
 
 
 __all__ = ["VambaGenerationMixin"]

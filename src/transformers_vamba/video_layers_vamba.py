@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from .checks_vamba import video_dtype_error
 from .quantized_attention_vamba import QuantizedStates, quantize
 from .video_storage_vamba import DeviceStorage, HostStorage
 
@@ -92,10 +93,7 @@ class VambaVideoLayer:
     def _check_dtype(self, states: torch.Tensor) -> None:
         # The last of the tensors that are kept, values or their scales, has the dtype of what came.
         if self._storage.dtype not in (None, states.dtype):
-            raise ValueError(
-                f"The cache holds a video in {self._storage.dtype}, and is appended to in {states.dtype}. Load the "
-                f"model with `dtype={self._storage.dtype}`, or encode the video anew."
-            )
+            raise video_dtype_error(self._storage.dtype, states.dtype, "appended to")
 
     def _refuse_gradient(self, states: torch.Tensor) -> None:
         if states.requires_grad:
