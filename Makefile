@@ -2,7 +2,7 @@ PYTHON ?= python3
 OLDEST = .venv/transformers-5.17.0
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
-.PHONY: demo test lint
+.PHONY: demo test test-latest lint
 
 demo: .venv/.installed
 	.venv/bin/python examples/demo.py
@@ -10,6 +10,17 @@ demo: .venv/.installed
 test: .venv/.installed $(OLDEST)
 	$(PYTEST)
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTEST)
+
+# For maintainers, before a release: whatever is newest on PyPI, without constraints and without our own upper bounds.
+test-latest:
+	$(PYTHON) -m venv --clear .venv-latest
+	.venv-latest/bin/python -m pip install -q --no-deps -e .
+	.venv-latest/bin/python -m pip install -q --upgrade accelerate av huggingface_hub hypothesis jinja2 numpy packaging \
+		peft pillow pytest pytest-xdist safetensors torch torchvision tqdm transformers
+	.venv-latest/bin/python -m pip list | grep -iE '^(transformers|torch|torchvision|huggingface_hub|peft) '
+	.venv-latest/bin/python examples/demo.py
+	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n 2 tests/test_compat.py tests/test_generation.py \
+		tests/test_modeling_vamba.py tests/test_reference.py tests/test_tiny_model.py tests/test_video_cache.py
 
 lint: .venv/.installed
 	.venv/bin/ruff check .
@@ -21,7 +32,8 @@ lint: .venv/.installed
 	.venv/bin/python -m pip install -q --no-deps -r tests/lmms-eval.txt
 	touch $@
 
-# Only Transformers itself: it shares every other package with the newest version.
-$(OLDEST): .venv/.installed
-	.venv/bin/python -m pip install -q --no-deps --upgrade --target $@ transformers==5.17.0
+# The oldest Transformers, and the packages that it needs in older versions. The rest it shares with the newest.
+$(OLDEST): .venv/.installed tests/oldest.txt
+	rm -rf $@
+	.venv/bin/python -m pip install -q --no-deps --target $@ -r tests/oldest.txt
 	touch $@

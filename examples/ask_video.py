@@ -61,7 +61,7 @@ def encode(model, processor, video, video_cache=None, segment_frames=64, **sampl
     for segment in processor.iter_video_segments(video, segment_frames=segment_frames, **sampling):
         cache = model.encode_video(
             **segment,
-            past_key_values=cache,
+            cache=cache,
             segment_frames=segment_frames,
             video_cache_implementation=video_cache,
         )
@@ -74,7 +74,7 @@ def answer(model, processor, cache, question, max_new_tokens=128):
     # The video is in the cache already: no pixels come with the text, so nothing stands for them in it.
     inputs = processor(text=prompt.replace(processor.video_token, ""), return_tensors="pt").to(model.device)
     # The fork shares the video, and keeps the text of this question to itself.
-    tokens = model.generate(**inputs, past_key_values=cache.fork(), max_new_tokens=max_new_tokens, do_sample=False)
+    tokens = model.generate(**inputs, cache=cache.fork(), max_new_tokens=max_new_tokens, do_sample=False)
     return processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -99,7 +99,7 @@ def encode(model, processor, video: SyntheticVideo):
     for start in range(0, video.num_frames, SEGMENT_FRAMES):
         frames = render_frames(scene, start, min(start + SEGMENT_FRAMES, video.num_frames))
         inputs = processor.video_processor([frames[0]], do_sample_frames=False, return_tensors="pt")
-        cache = model.encode_video(**inputs, past_key_values=cache)
+        cache = model.encode_video(**inputs, cache=cache)
     return cache
 
 

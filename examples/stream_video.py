@@ -47,7 +47,7 @@ def watch(model, processor, video, question, fps, every, speed=None):
         if speed is not None:
             time.sleep(max(start + seen / speed - time.perf_counter(), 0))
         shown = time.perf_counter()
-        cache = model.encode_video(**segment, past_key_values=cache)
+        cache = model.encode_video(**segment, cache=cache)
         if seen >= next_question:
             next_question, answered = next_question + every, seen
             yield seen, answer(model, processor, cache, question), time.perf_counter() - shown

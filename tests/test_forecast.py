@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_vamba import TEXT_CONFIG, make_text, tiny_config, tiny_model
+from tiny_vamba import TEXT_CONFIG, cache_of, make_text, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.video_utils import VideoMetadata
@@ -94,7 +94,7 @@ def test_cache_and_weights_are_exact(processor, write_video, implementation, dty
     found = forecast_memory(model, processor, path, **options, batch_size=2, num_text_tokens=12, max_new_tokens=5)
     cache = None
     for segment in processor.iter_video_segments(path):
-        cache = model.encode_video(**segment, past_key_values=cache, **options)
+        cache = model.encode_video(**segment, cache=cache, **options)
     layers = cache.videos[0]
     assert found.video_cache == sum(layer.nbytes for layer in layers)
     assert found.host_memory == (found.video_cache if "offloaded" in implementation else 0)
@@ -105,10 +105,8 @@ def test_cache_and_weights_are_exact(processor, write_video, implementation, dty
     assert found.weights == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
     # The last token that is generated is not read.
-    output = model.generate(
-        input_ids=make_text(2), past_key_values=cache, max_new_tokens=6, return_dict_in_generate=True
-    )
-    text = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+    output = model.generate(input_ids=make_text(2), cache=cache, max_new_tokens=6, return_dict_in_generate=True)
+    text = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache_of(output).layers)
     assert found.text_cache == text
 
 
@@ -221,12 +219,12 @@ def test_peak_is_that_of_living_tensors(processor, monkeypatch, num_segments, im
         cache = None
         for num_to_come in range(num_segments - 1, -1, -1):
             pixels = torch.randn(steps * height * width, 3 * 2 * 14 * 14)
-            step = {"past_key_values": cache, "num_remaining_tokens": num_to_come * steps * 64, **options}
+            step = {"cache": cache, "num_remaining_tokens": num_to_come * steps * 64, **options}
             cache = model.encode_video(pixels, torch.tensor([[steps, height, width]]), **step)
             del pixels, step
         measured = {"encoding": living.peak - weights}
         living.peak = living.now
-        model.generate(input_ids=make_text(8, 48), past_key_values=cache, max_new_tokens=8, do_sample=False)
+        model.generate(input_ids=make_text(8, 48), cache=cache, max_new_tokens=8, do_sample=False)
         measured["answering"] = living.peak - weights
     for name, size in measured.items():
         print(f"{name}: forecast {getattr(found, name)}, measured {size}: {getattr(found, name) / size - 1:+.1%}")
@@ -343,10 +341,10 @@ def test_peak_on_a_gpu(processor, implementation, num_frames):
         cache = None
         for remaining in range(num_steps - 32, -1, -32):
             pixels = torch.randn(32 * 26 * 46, 3 * 2 * 14 * 14)
-            step = {"past_key_values": cache, "num_remaining_tokens": remaining * 299, **options}
+            step = {"cache": cache, "num_remaining_tokens": remaining * 299, **options}
             cache = model.encode_video(pixels, torch.tensor([[32, 26, 46]]), **step)
         text = make_text(length=66).cuda()
-        model.generate(input_ids=text, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        model.generate(input_ids=text, cache=cache, max_new_tokens=8, do_sample=False)
 
     run(32)  # tunes the kernels
     torch.cuda.empty_cache()

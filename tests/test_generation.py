@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_vamba import make_media, make_text, tiny_model
+from tiny_vamba import cache_of, make_media, make_text, tiny_model
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from transformers_vamba import VambaCache, cache_vamba
@@ -64,7 +64,7 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("given", ("pixels", "encoded"))
 def test_modes_agree(model, expected, mode, given):
-    media = VIDEO if given == "pixels" else {"past_key_values": model.encode_video(**VIDEO)}
+    media = VIDEO if given == "pixels" else {"cache": model.encode_video(**VIDEO)}
     assert torch.equal(generate(model, make_text(), **media, **MODES[mode]), expected)
 
 
@@ -75,8 +75,8 @@ def test_static_cache_compiles(model, expected):
     kwargs = {"cache_implementation": "static", "compile_config": compile_config, "return_dict_in_generate": True}
     output = generate(model, make_text(), **kwargs, **VIDEO)
     assert hasattr(model, "_compiled_call") and torch.equal(output.sequences, expected)
-    assert isinstance(output.past_key_values, StaticCache) and isinstance(output.past_key_values, VambaCache)
-    assert isinstance(copy.deepcopy(output.past_key_values), StaticCache)
+    assert isinstance(cache_of(output), StaticCache) and isinstance(cache_of(output), VambaCache)
+    assert isinstance(copy.deepcopy(cache_of(output)), StaticCache)
 
 
 def test_assisted_generation(model, expected):
@@ -87,7 +87,7 @@ def test_assisted_generation(model, expected):
 def test_offloaded_options_reach_the_text(model, expected):
     """Any cache for text can be given; its layers are taken over."""
     text_cache = DynamicCache(config=model.config.text_config)
-    assert torch.equal(generate(model, make_text(), past_key_values=text_cache, **VIDEO), expected)
+    assert torch.equal(generate(model, make_text(), cache=text_cache, **VIDEO), expected)
     assert text_cache.get_seq_length() == expected.shape[1] - 1
 
 
@@ -110,13 +110,13 @@ def test_samples_differ_and_share(model):
         model, make_text(), do_sample=True, num_return_sequences=6, return_dict_in_generate=True, **VIDEO
     )
     assert len({tuple(tokens.tolist()) for tokens in output.sequences}) > 1
-    assert output.past_key_values.rows == [0] * 6 and len(output.past_key_values.videos) == 1
+    assert cache_of(output).rows == [0] * 6 and len(cache_of(output).videos) == 1
 
 
 @pytest.mark.parametrize("num_beams", (1, 8))
 def test_video_takes_the_same_memory_for_any_number_of_beams(model, num_beams):
     output = generate(model, make_text(), num_beams=num_beams, return_dict_in_generate=True, **VIDEO)
-    cache = output.past_key_values
+    cache = cache_of(output)
     storages = [states.untyped_storage() for layer in cache.videos[0] for states in (layer.keys, layer.values)]
     storages = {storage.data_ptr(): storage for storage in storages}
     tokens = cache.video_lengths[0]
@@ -128,9 +128,9 @@ def test_video_takes_the_same_memory_for_any_number_of_beams(model, num_beams):
 def test_many_questions_about_one_video(model):
     cache = model.encode_video(**VIDEO)
     questions = make_text(3, seed=7)
-    answers = generate(model, questions, past_key_values=cache.fork())
+    answers = generate(model, questions, cache=cache.fork())
     for question, answer in zip(questions, answers):
-        assert torch.equal(generate(model, question[None], past_key_values=cache.fork())[0], answer)
+        assert torch.equal(generate(model, question[None], cache=cache.fork())[0], answer)
         assert torch.equal(generate(model, question[None], **VIDEO)[0], answer)
     assert cache.get_seq_length() == 0 and cache.rows is None
 
@@ -141,23 +141,23 @@ def test_rows_read_their_own_video(model):
     cache = model.encode_video(**batch, video_sample_ids=torch.tensor([0, 1]))
     assert cache.video_lengths == [8, 12]
     text = make_text(2)
-    answers = generate(model, text, past_key_values=cache.fork())
+    answers = generate(model, text, cache=cache.fork())
     for row, video in enumerate(videos):
         assert torch.equal(generate(model, text[row : row + 1], **video)[0], answers[row])
 
     # Rows may also be told apart by hand: both read the second video.
     fork = cache.fork()
     fork.rows = [1, 1]
-    answers = generate(model, text, past_key_values=fork)
+    answers = generate(model, text, cache=fork)
     assert torch.equal(generate(model, text[:1], **videos[1])[0], answers[0])
 
     for rows in ([2, 0], [-1, None]):
         fork.rows = rows
         with pytest.raises(ValueError, match="`cache.rows` is .*, but the cache holds 2 videos"):
-            model(input_ids=text, past_key_values=fork)
+            model(input_ids=text, cache=fork)
 
     with pytest.raises(ValueError, match="holds 2 videos and is read by 3 rows"):
-        generate(model, make_text(3), past_key_values=cache.fork())
+        generate(model, make_text(3), cache=cache.fork())
 
 
 def test_fork_and_stream(model):
@@ -172,23 +172,23 @@ def test_fork_and_stream(model):
     early = cache.fork()
     storage = cache.videos[0][0].keys.untyped_storage().data_ptr()
     assert early.videos[0][0].keys.untyped_storage().data_ptr() == storage  # not a byte is copied
-    cache = model.encode_video(**second, past_key_values=cache)
+    cache = model.encode_video(**second, cache=cache)
     late = cache.fork()
-    assert torch.equal(generate(model, text, past_key_values=early.fork()), answers[0])
-    early = model.encode_video(**second, past_key_values=early)
-    assert torch.equal(generate(model, text, past_key_values=early), answers[1])
-    assert torch.equal(generate(model, text, past_key_values=late), answers[1])
-    assert torch.equal(generate(model, text, past_key_values=cache), answers[1])
+    assert torch.equal(generate(model, text, cache=early.fork()), answers[0])
+    early = model.encode_video(**second, cache=early)
+    assert torch.equal(generate(model, text, cache=early), answers[1])
+    assert torch.equal(generate(model, text, cache=late), answers[1])
+    assert torch.equal(generate(model, text, cache=cache), answers[1])
 
 
 def test_fork_in_the_middle_of_a_conversation(model):
     """A fork goes on from the text read so far, without changing it."""
     cache = model.encode_video(**VIDEO)
-    turn = generate(model, make_text(), past_key_values=cache)
+    turn = generate(model, make_text(), cache=cache)
     follow_ups = [torch.cat([turn, make_text(seed=seed)], dim=1) for seed in (3, 4)]
     length = cache.get_seq_length()
     for follow_up in follow_ups:
-        answer = generate(model, follow_up, past_key_values=cache.fork())
+        answer = generate(model, follow_up, cache=cache.fork())
         assert torch.equal(answer, generate(model, follow_up, **VIDEO))
     assert cache.get_seq_length() == length
 
@@ -199,7 +199,7 @@ def test_continue_from_a_given_cache(model):
     first = model.generate(input_ids=text, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, **VIDEO)
     rest = model.generate(
         input_ids=first.sequences,
-        past_key_values=first.past_key_values,
+        cache=cache_of(first),
         max_new_tokens=NEW_TOKENS - 3,
         do_sample=False,
     )
@@ -214,11 +214,11 @@ def test_media_of_earlier_turns_are_not_encoded_again(model):
     marks = torch.zeros_like(text)
     marks[0, 2] = 2
     turn = generate(model, text, mm_token_type_ids=marks, return_dict_in_generate=True, **first)
-    cache = turn.past_key_values
+    cache = cache_of(turn)
     text = torch.cat([turn.sequences, make_text(seed=3)], dim=1)
     marks = torch.cat([marks, torch.zeros(1, text.shape[1] - marks.shape[1], dtype=torch.long)], dim=1)
     fork = cache.fork()
-    answer = generate(model, text, mm_token_type_ids=marks, past_key_values=fork, **first)
+    answer = generate(model, text, mm_token_type_ids=marks, cache=fork, **first)
     assert fork.video_lengths == [8] and torch.equal(answer, generate(model, text, **first))
 
     later = marks.clone()
@@ -228,23 +228,23 @@ def test_media_of_earlier_turns_are_not_encoded_again(model):
     for start, media in ((0, both), (cache.get_seq_length(), second)):
         fork = cache.fork()
         inputs = {"mm_token_type_ids": later[:, start:], "attention_mask": mask, **media}
-        generate(model, text[:, start:], past_key_values=fork, **inputs)
+        generate(model, text[:, start:], cache=fork, **inputs)
         torch.testing.assert_close(fork.videos[0][0].keys, model.encode_video(**both).videos[0][0].keys)
 
 
 def test_prompt_that_does_not_go_on(model):
     """A second question to a cache that holds the first one, where a fork was forgotten."""
     cache = model.encode_video(**VIDEO)
-    generate(model, make_text(), past_key_values=cache)
+    generate(model, make_text(), cache=cache)
     with pytest.raises(ValueError, match=r"holds 19 tokens of text.* longer; got one of 12\..*cache\.fork\(\)"):
-        generate(model, make_text(seed=1), past_key_values=cache)
+        generate(model, make_text(seed=1), cache=cache)
 
 
 def test_no_cache_is_returned_unless_asked_for(model):
     with torch.no_grad():
-        assert model(input_ids=make_text(), use_cache=False, **VIDEO).past_key_values is None
-        assert model(input_ids=make_text(), **VIDEO).past_key_values.video_lengths == [30]
-    assert model.train()(input_ids=make_text(), **VIDEO).past_key_values is None
+        assert cache_of(model(input_ids=make_text(), use_cache=False, **VIDEO)) is None
+        assert cache_of(model(input_ids=make_text(), **VIDEO)).video_lengths == [30]
+    assert cache_of(model.train()(input_ids=make_text(), **VIDEO)) is None
     model.eval()
 
 
@@ -253,10 +253,10 @@ def test_media_join_the_row_of_a_cache(model):
     first, second = (make_media("video", (2, 4, 4), seed=seed) for seed in (1, 2))
     both = {name: torch.cat([first[name], second[name]]) for name in first}
     cache = model.encode_video(**first)
-    answer = generate(model, make_text(), past_key_values=cache.fork(), **second)
+    answer = generate(model, make_text(), cache=cache.fork(), **second)
     assert torch.equal(answer, generate(model, make_text(), **both))
     with pytest.raises(ValueError, match="shares its video"):
-        generate(model, make_text(2), past_key_values=cache.fork(), video_sample_ids=torch.tensor([1]), **second)
+        generate(model, make_text(2), cache=cache.fork(), video_sample_ids=torch.tensor([1]), **second)
 
 
 def test_append_to_one_of_several_videos(model):
@@ -264,21 +264,21 @@ def test_append_to_one_of_several_videos(model):
     more = make_media("video", (1, 4, 4), seed=3)
     cache = model.encode_video(**both, video_sample_ids=rows)
     for row in (1, 0, 1):
-        model.encode_video(**more, video_sample_ids=torch.tensor([row]), past_key_values=cache)
+        model.encode_video(**more, video_sample_ids=torch.tensor([row]), cache=cache)
     assert cache.video_lengths == [12, 20] and cache.rows is None
     whole = model.encode_video(**both, video_sample_ids=rows)
     twice = {name: torch.cat([more[name], more[name]]) for name in more}
-    model.encode_video(**twice, video_sample_ids=rows, past_key_values=whole)
+    model.encode_video(**twice, video_sample_ids=rows, cache=whole)
     assert torch.allclose(cache.videos[0][2].keys, whole.videos[0][2].keys, atol=1e-5)
     with pytest.raises(ValueError, match="describes 1 media for 2 rows: say with `video_sample_ids`"):
-        model.encode_video(**more, past_key_values=cache)
+        model.encode_video(**more, cache=cache)
     assert cache.video_lengths == [12, 20]
 
 
 def test_cache_operations(model):
     cache = VambaCache(model.config)
     with torch.no_grad():
-        model(input_ids=make_text(2), past_key_values=cache, **make_media("video", (1, 4, 4), (2, 4, 4)))
+        model(input_ids=make_text(2), cache=cache, **make_media("video", (1, 4, 4), (2, 4, 4)))
     assert cache.get_seq_length() == 12 and cache.rows == [0, 1] and cache.video_lengths == [4, 8]
 
     cache.crop(-5)
@@ -291,10 +291,10 @@ def test_cache_operations(model):
     assert cache.rows == [1, 0] and cache.layers[0].keys.shape[0] == 2
     copied = copy.deepcopy(cache)
     with torch.no_grad():
-        same = [model(input_ids=make_text(2), past_key_values=each).logits for each in (cache, copied)]
+        same = [model(input_ids=make_text(2), cache=each).logits for each in (cache, copied)]
     assert torch.equal(*same)
     with pytest.raises(ValueError, match="filled by 2 rows and is now read by 3"):
-        model(input_ids=make_text(3), past_key_values=cache)
+        model(input_ids=make_text(3), cache=cache)
     cache.reset()
     assert cache.videos == [] and cache.rows is None
 
@@ -306,7 +306,7 @@ def test_storage_is_sized_ahead(model):
     assert layer._storage._memory[0].shape[-2] == layer.get_seq_length() == 30
     pointers = set()
     for _ in range(40):
-        model.encode_video(**make_media("video", (1, 4, 4)), past_key_values=cache)
+        model.encode_video(**make_media("video", (1, 4, 4)), cache=cache)
         pointers.add(layer._storage._memory[0].data_ptr())
     assert layer.get_seq_length() == 190 and len(pointers) < 40  # not at every append
     assert layer._storage._memory[0].shape[-2] <= 190 * 17 / 16
@@ -316,16 +316,16 @@ def test_save_and_load(model, tmp_path):
     """A processed video from a folder: asked, forked and appended to as if it had never left."""
     more = make_media("video", (2, 4, 6), seed=9)
     cache = model.encode_video(**VIDEO)
-    generate(model, make_text(), past_key_values=cache)  # the text read is not kept
+    generate(model, make_text(), cache=cache)  # the text read is not kept
     cache.save_pretrained(tmp_path / "movie")
     loaded = VambaCache.from_pretrained(tmp_path / "movie")
     assert loaded.video_lengths == [30] and loaded.get_seq_length() == 0 and loaded.rows is None
     assert torch.equal(
-        generate(model, make_text(2), past_key_values=loaded.fork())[:1],
-        generate(model, make_text(2), past_key_values=model.encode_video(**VIDEO))[:1],
+        generate(model, make_text(2), cache=loaded.fork())[:1],
+        generate(model, make_text(2), cache=model.encode_video(**VIDEO))[:1],
     )
-    expected = model.encode_video(**more, past_key_values=model.encode_video(**VIDEO))
-    model.encode_video(**more, past_key_values=loaded)
+    expected = model.encode_video(**more, cache=model.encode_video(**VIDEO))
+    model.encode_video(**more, cache=loaded)
     assert torch.equal(loaded.videos[0][2].keys, expected.videos[0][2].keys)
 
     two = make_media("video", (1, 4, 4), (2, 4, 4))
@@ -337,7 +337,7 @@ def test_saving_that_fails_keeps_what_was_saved(model, tmp_path, monkeypatch):
     """A full disk, on the second of the layers."""
     cache = model.encode_video(**VIDEO)
     cache.save_pretrained(tmp_path)
-    model.encode_video(**VIDEO, past_key_values=cache)
+    model.encode_video(**VIDEO, cache=cache)
     names = sorted(os.listdir(tmp_path))
 
     def save_on_a_full_disk(tensors, path):
@@ -353,7 +353,7 @@ def test_saving_that_fails_keeps_what_was_saved(model, tmp_path, monkeypatch):
     assert [layer.get_seq_length() for layer in loaded.videos[0]] == [30] * 3 and sorted(os.listdir(tmp_path)) == names
 
     # A video that is read from the folder goes back there, longer.
-    model.encode_video(**VIDEO, past_key_values=loaded)
+    model.encode_video(**VIDEO, cache=loaded)
     loaded.save_pretrained(tmp_path)
     again = VambaCache.from_pretrained(tmp_path)
     assert all(torch.equal(new.keys, old.keys) for new, old in zip(again.videos[0], cache.videos[0]))
@@ -366,9 +366,9 @@ def test_load_errors(model, tmp_path):
     model.encode_video(**VIDEO).save_pretrained(tmp_path)
     other = tiny_model(mamba_d_state=32)
     with pytest.raises(ValueError, match="of another model: it has mamba_d_state 16 instead of 32"):
-        generate(other, make_text(), past_key_values=VambaCache.from_pretrained(tmp_path))
+        generate(other, make_text(), cache=VambaCache.from_pretrained(tmp_path))
     with pytest.raises(ValueError, match="of another model"):
-        other.encode_video(**VIDEO, past_key_values=VambaCache.from_pretrained(tmp_path))
+        other.encode_video(**VIDEO, cache=VambaCache.from_pretrained(tmp_path))
     path = tmp_path / "layer-00001.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="damaged.*layer-00001"):
@@ -387,5 +387,5 @@ def test_cache_moves_between_devices(model):
     expected = generate(moved, make_text().cuda(), **VIDEO)
     cache = moved.encode_video(**VIDEO).to("cpu")
     assert {layer.keys.device.type for layer in cache.videos[0]} == {"cpu"}
-    assert torch.equal(generate(moved, make_text().cuda(), past_key_values=cache.to("cuda")), expected)
+    assert torch.equal(generate(moved, make_text().cuda(), cache=cache.to("cuda")), expected)
     model.to("cpu")

@@ -135,7 +135,7 @@ BAD_INPUTS = {
     "logits of a negative number": (video(logits_to_keep=-1), "`logits_to_keep` must be at least 0 .*got -1"),
     "logits, a word": (video(logits_to_keep="all"), "`logits_to_keep` must be at least 0 .*got 'all'"),
     "cache of another model": (
-        (1, {"past_key_values": VambaCache(tiny_model(num_hidden_layers=2).config)}),
+        (1, {"cache": VambaCache(tiny_model(num_hidden_layers=2).config)}),
         "cache is of another model: it has num_hidden_layers 2 instead of 3",
     ),
 }
@@ -190,7 +190,7 @@ BAD_TEXTS = {
         {"input_ids": TEXT, "labels": TEXT, "logits_to_keep": 1},
         r"`labels` must have shape \(1, 1\), got \(1, 3\)",
     ),
-    "cache, a tuple": ({"input_ids": TEXT, "past_key_values": ()}, "`past_key_values` must be a Cache, got tuple"),
+    "cache, a tuple": ({"input_ids": TEXT, "cache": ()}, "`cache` must be a Cache, got tuple"),
     "marks without media": (
         {"input_ids": TEXT, "mm_token_type_ids": torch.tensor([[2, 0, 0]])},
         "has 1 places .* for images or videos, but none are given",
@@ -239,9 +239,9 @@ BAD_VIDEOS = {
     ),
     "no rows": ({"video_sample_ids": torch.zeros(0).long()}, "`video_sample_ids` has 0 entries for the 1"),
     "half a frame": ({"segment_frames": 2.5}, "`segment_frames` must be an integer of at least 1, got 2.5"),
-    "text cache": ({"past_key_values": DynamicCache()}, "`past_key_values` must be a VambaCache, got DynamicCache"),
+    "text cache": ({"cache": DynamicCache()}, "`cache` must be a VambaCache, got DynamicCache"),
     "cache of another model": (
-        {"past_key_values": VambaCache(tiny_model(num_hidden_layers=2).config)},
+        {"cache": VambaCache(tiny_model(num_hidden_layers=2).config)},
         "cache is of another model",
     ),
 }

@@ -18,7 +18,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_vamba import VISION_CONFIG, make_media, make_text, tiny_config, tiny_model
+from tiny_vamba import VISION_CONFIG, cache_of, make_media, make_text, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Qwen2VLConfig
 from transformers import Qwen2VLForConditionalGeneration as Qwen2VL
 
@@ -145,7 +145,7 @@ def test_gradient_is_the_same_in_every_mode(variant):
         model.gradient_checkpointing_enable({"use_reentrant": variant.startswith("reentrant")})
         model.enable_input_require_grads()
     outputs = model(**inputs, use_cache=variant == "cache")
-    assert (outputs.past_key_values is not None) == (variant == "cache")
+    assert (cache_of(outputs) is not None) == (variant == "cache")
     torch.testing.assert_close(gradients(model, [outputs.loss]), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -187,7 +187,7 @@ def test_segments_change_nothing(model, segment_frames):
     with torch.no_grad():
         expected = model(input_ids=text, **video).logits
         cache = model.encode_video(**video, segment_frames=segment_frames)
-        logits = model(input_ids=text, past_key_values=cache).logits
+        logits = model(input_ids=text, cache=cache).logits
     assert cache.video_lengths == [7 * 6 + 2 * 4]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
@@ -199,7 +199,7 @@ def test_appending_changes_nothing(model, cuts):
     cache = None
     for piece in video["pixel_values_videos"].view(7, 24, -1).tensor_split(cuts):
         grid = torch.tensor([[len(piece), 4, 6]])
-        cache = model.encode_video(piece.flatten(0, 1), grid, past_key_values=cache)
+        cache = model.encode_video(piece.flatten(0, 1), grid, cache=cache)
     for layer, expected_layer in zip(cache.videos[0], expected.videos[0]):
         torch.testing.assert_close(layer.keys, expected_layer.keys, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(layer.values, expected_layer.values, atol=1e-5, rtol=1e-4)
@@ -422,7 +422,7 @@ def test_text_model_alone():
     text = make_text(2)
     with torch.no_grad():
         whole = model(input_ids=text).last_hidden_state
-        cache = model(input_ids=text[:, :5]).past_key_values
-        rest = model(input_ids=text[:, 5:], past_key_values=cache).last_hidden_state
+        cache = cache_of(model(input_ids=text[:, :5]))
+        rest = model(input_ids=text[:, 5:], cache=cache).last_hidden_state
     assert isinstance(cache, VambaCache)
     torch.testing.assert_close(rest, whole[:, 5:], atol=1e-5, rtol=1e-4)

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference_vamba import reference_logits, reference_mixer
 from test_mixer_vamba import make_block
-from tiny_vamba import make_media, make_text, tiny_model
+from tiny_vamba import cache_of, make_media, make_text, tiny_model
 
 from transformers_vamba.mixer_vamba import VambaMixer
 
@@ -163,14 +163,13 @@ def test_stream(data, dtype):
         for piece, num_steps in zip(pixels.split([num_steps * h * w for num_steps in steps]), steps):
             segment_frames = data.draw(st.integers(1, 9), label="segment_frames")
             cache = model.encode_video(
-                piece, torch.tensor([[num_steps, h, w]]), past_key_values=cache, segment_frames=segment_frames
+                piece, torch.tensor([[num_steps, h, w]]), cache=cache, segment_frames=segment_frames
             )
     text = make_text(2, data.draw(st.integers(1, 12), label="length"))
     fork = cache.fork()
     with torch.no_grad():
         pieces = [
-            model(input_ids=piece, past_key_values=fork).logits
-            for piece in text.split(cut(data.draw, text.shape[1]), dim=1)
+            model(input_ids=piece, cache=fork).logits for piece in text.split(cut(data.draw, text.shape[1]), dim=1)
         ]
     assert cache.get_seq_length() == 0
     for row, logits in zip(text, torch.cat(pieces, dim=1)):
@@ -193,8 +192,8 @@ def test_padded_prompt_in_pieces(data, batch):
     with torch.no_grad():
         for piece in pieces:
             end += piece.shape[1]
-            outputs = model(input_ids=piece, attention_mask=mask[:, :end], past_key_values=cache, **inputs)
-            cache, inputs = outputs.past_key_values, {}
+            outputs = model(input_ids=piece, attention_mask=mask[:, :end], cache=cache, **inputs)
+            cache, inputs = cache_of(outputs), {}
             logits.append(outputs.logits)
     for row, row_logits, row_mask in zip(batch, torch.cat(logits, dim=1), mask):
         assert_close(row_logits[row_mask.bool()], reference_logits(model, row.input_ids, row.media), torch.float32)

@@ -86,7 +86,7 @@ def test_questions_in_a_batch_get_the_answers_that_they_get_alone(tiny, video_fi
     inputs = processor(
         text=[train_tiny.PROMPT.format(question=question) for question in questions], padding=True, return_tensors="pt"
     )
-    tokens = model.generate(**inputs, past_key_values=cache.fork(), do_sample=False)
+    tokens = model.generate(**inputs, cache=cache.fork(), do_sample=False)
     replies = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert replies == [answer(model, processor, cache, question) for question in questions]
 

@@ -17,7 +17,7 @@ import copy
 
 import pytest
 import torch
-from tiny_vamba import make_media, make_text, tiny_model
+from tiny_vamba import cache_of, make_media, make_text, tiny_model
 from transformers import CompileConfig, StaticCache
 
 from transformers_vamba import VambaCache, VambaConfig
@@ -54,7 +54,7 @@ def generate(model, text, **kwargs):
 def read(model, cache):
     """Logits of a text about the video in a cache."""
     with torch.no_grad():
-        return model(input_ids=make_text(), past_key_values=cache.fork()).logits
+        return model(input_ids=make_text(), cache=cache.fork()).logits
 
 
 def relative_error(found, expected):
@@ -64,7 +64,7 @@ def relative_error(found, expected):
 @pytest.fixture(scope="module")
 def expected(model):
     cache = model.encode_video(**VIDEO)
-    return read(model, cache), generate(model, make_text(), past_key_values=cache)
+    return read(model, cache), generate(model, make_text(), cache=cache)
 
 
 @pytest.mark.parametrize("segment_frames", (2, 8, 64, 1000))
@@ -77,12 +77,12 @@ def test_segments_give_the_same_tokens(model, expected, implementation, segment_
     streamed = None
     for piece in VIDEO["pixel_values_videos"].unflatten(0, (17, -1)).split(max(segment_frames // 2, 1)):
         grid = torch.tensor([[len(piece), 4, 6]])
-        streamed = model.encode_video(piece.flatten(0, 1), grid, past_key_values=streamed, **options)
+        streamed = model.encode_video(piece.flatten(0, 1), grid, cache=streamed, **options)
     tolerance = 1e-5 if implementation in EXACT else QUANTIZED_ERROR
     for cache in (whole, streamed, VambaCache.from_pretrained(tmp_path)):
         assert cache.video_cache_implementation == implementation and cache.video_lengths == [102]
         assert relative_error(read(model, cache), expected[0]) < tolerance
-        assert torch.equal(generate(model, make_text(), past_key_values=cache.fork()), expected[1])
+        assert torch.equal(generate(model, make_text(), cache=cache.fork()), expected[1])
 
 
 @pytest.mark.parametrize(
@@ -110,13 +110,13 @@ def test_option_of_generate(model, implementation, options):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 def test_cache_that_generate_returns(model, implementation):
     options = {"video_cache_implementation": implementation, "return_dict_in_generate": True}
-    cache = generate(model, make_text(), **VIDEO, **options).past_key_values
+    cache = cache_of(generate(model, make_text(), **VIDEO, **options))
     assert cache.video_cache_implementation == implementation
     assert isinstance(cache.videos[0][0], VambaQuantizedVideoLayer) == ("quantized" in implementation)
     # A static text takes over the videos of a cache as they are kept.
     encoded = model.encode_video(**VIDEO, video_cache_implementation=implementation)
     options["cache_implementation"] = "static"
-    cache = generate(model, make_text(), past_key_values=encoded, **options).past_key_values
+    cache = cache_of(generate(model, make_text(), cache=encoded, **options))
     assert isinstance(cache, StaticCache) and cache.video_cache_implementation == implementation
 
 
@@ -128,7 +128,7 @@ def test_compiled_decoding(model, expected, implementation):
     cache = model.encode_video(**VIDEO, video_cache_implementation=implementation)
     model.__dict__.pop("_compiled_call", None)
     options = {"cache_implementation": "static", "compile_config": compile_config}
-    assert torch.equal(generate(model, make_text(), past_key_values=cache, **options), expected[1])
+    assert torch.equal(generate(model, make_text(), cache=cache, **options), expected[1])
     assert hasattr(model, "_compiled_call") == ("offloaded" not in implementation)
 
 
@@ -141,14 +141,14 @@ def test_fork_and_stream(model, implementation):
         parts = [first, second, third]
         cache = None
         for part in parts[:num_first]:
-            cache = model.encode_video(**part, past_key_values=cache, video_cache_implementation=implementation)
+            cache = model.encode_video(**part, cache=cache, video_cache_implementation=implementation)
         before = read(model, cache)
         fork, other = cache.fork(), cache.fork()
         for part in parts[num_first:]:
-            model.encode_video(**part, past_key_values=fork)
+            model.encode_video(**part, cache=fork)
         assert torch.equal(read(model, cache), before) and torch.equal(read(model, other), before)
         for part in parts[num_first:]:
-            model.encode_video(**part, past_key_values=cache)
+            model.encode_video(**part, cache=cache)
         assert torch.equal(read(model, fork), read(model, cache)) and torch.equal(read(model, other), before)
         tolerance = 1e-5 if implementation in EXACT else QUANTIZED_ERROR
         assert relative_error(read(model, cache), read(model, model.encode_video(**joined))) < tolerance
@@ -163,7 +163,7 @@ def test_rows_read_their_own_video(model, implementation):
     assert cache.rows == [0, None, 1]
     with torch.no_grad():
         expected = model(input_ids=make_text(3), **batch, **rows).logits
-        found = model(input_ids=make_text(3), past_key_values=cache).logits
+        found = model(input_ids=make_text(3), cache=cache).logits
     assert relative_error(found, expected) < (1e-5 if implementation in EXACT else QUANTIZED_ERROR)
 
 
@@ -181,7 +181,7 @@ def test_saved_in_one_way_and_loaded_in_another(model, tmp_path, monkeypatch, sa
     exact = ("quantized" in saved_as) == is_quantized or not is_quantized
     assert relative_error(read(model, loaded), read(model, cache)) < (1e-5 if exact else QUANTIZED_ERROR)
     found, expected = (
-        read(model, model.encode_video(**more, past_key_values=each)) for each in (loaded, model.encode_video(**VIDEO))
+        read(model, model.encode_video(**more, cache=each)) for each in (loaded, model.encode_video(**VIDEO))
     )
     assert relative_error(found, expected) < (1e-5 if {saved_as, loaded_as} <= set(EXACT) else QUANTIZED_ERROR)
 
@@ -271,8 +271,8 @@ def test_layers_come_ahead_of_use(model, monkeypatch):
     cache.rows = [1]
     names = {id(layer._storage): (i, j) for i, layers in enumerate(cache.videos) for j, layer in enumerate(layers)}
     with torch.no_grad():
-        model(input_ids=make_text(), past_key_values=cache)
-        model(input_ids=make_text(length=1), past_key_values=cache)
+        model(input_ids=make_text(), cache=cache)
+        model(input_ids=make_text(length=1), cache=cache)
     one_pass = [
         *(("fetch", (1, 1)), ("attend", 0)),
         *(("fetch", (1, 2)), ("attend", 1)),
@@ -287,7 +287,7 @@ def test_segments_of_known_length_never_grow_the_memory(model, processor, video_
     for implementation in ("dynamic", "quantized"):
         cache, addresses = None, set()
         for segment in processor.iter_video_segments(video_file, num_frames=22, segment_frames=4):
-            options = {"past_key_values": cache, "video_cache_implementation": implementation}
+            options = {"cache": cache, "video_cache_implementation": implementation}
             cache = model.encode_video(**segment, **options)
             memory = cache.videos[0][0]._storage._memory
             addresses |= {tensor.data_ptr() for tensor in memory}
@@ -302,9 +302,9 @@ def test_model_of_another_dtype(model, tmp_path, implementation):
     cache.save_pretrained(tmp_path)
     cache = VambaCache.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="in torch.bfloat16, and is read in torch.float32.* `dtype=torch.bfloat16`"):
-        generate(model, make_text(), past_key_values=cache.fork())
+        generate(model, make_text(), cache=cache.fork())
     with pytest.raises(ValueError, match="in torch.bfloat16, and is appended to in torch.float32"):
-        model.encode_video(**VIDEO, past_key_values=cache)
+        model.encode_video(**VIDEO, cache=cache)
     assert cache.video_lengths == [102] and cache.videos[0][0].keys.dtype == torch.bfloat16
 
 
@@ -315,7 +315,7 @@ def test_failure_leaves_the_cache_as_it_was(model, monkeypatch, implementation, 
     first, second = (make_media("video", (4, 4, 6), seed=seed) for seed in (1, 2))
     expected = model.encode_video(**first, video_cache_implementation=implementation)
     cache, fork = expected.fork(), expected.fork()
-    model.encode_video(**second, past_key_values=expected)
+    model.encode_video(**second, cache=expected)
 
     layer = model.model.language_model.layers[1]
     calls, encode = [], layer.encode_video
@@ -328,19 +328,17 @@ def test_failure_leaves_the_cache_as_it_was(model, monkeypatch, implementation, 
 
     monkeypatch.setattr(layer, "encode_video", fail_at_the_second_call)
     with pytest.raises(error):
-        model.encode_video(**second, past_key_values=cache, segment_frames=4)
+        model.encode_video(**second, cache=cache, segment_frames=4)
     assert [each.get_seq_length() for each in cache.videos[0]] == [24] * 3
-    assert torch.equal(
-        generate(model, make_text(), past_key_values=cache.fork()), generate(model, make_text(), past_key_values=fork)
-    )
-    model.encode_video(**second, past_key_values=cache)
+    assert torch.equal(generate(model, make_text(), cache=cache.fork()), generate(model, make_text(), cache=fork))
+    model.encode_video(**second, cache=cache)
     for held, whole in zip(cache.videos[0], expected.videos[0]):
         assert torch.equal(held.keys, whole.keys) and torch.equal(held.values, whole.values)
 
     calls.clear()
     empty = VambaCache(model.config, video_cache_implementation=implementation)
     with pytest.raises(error):
-        model.encode_video(**second, past_key_values=empty, segment_frames=4)
+        model.encode_video(**second, cache=empty, segment_frames=4)
     assert not empty.videos and empty.rows is None
 
 
@@ -369,14 +367,14 @@ def test_errors(model):
         model.encode_video(**VIDEO, num_remaining_tokens=-1)
     cache = model.encode_video(**VIDEO)
     with pytest.raises(ValueError, match="is 'offloaded', but the cache .* keeps its videos 'dynamic'"):
-        model.encode_video(**VIDEO, past_key_values=cache, video_cache_implementation="offloaded")
+        model.encode_video(**VIDEO, cache=cache, video_cache_implementation="offloaded")
     with pytest.raises(ValueError, match="is 'quantized', but the cache .* keeps its videos 'dynamic'"):
-        generate(model, make_text(), past_key_values=cache, video_cache_implementation="quantized")
+        generate(model, make_text(), cache=cache, video_cache_implementation="quantized")
     assert cache.video_lengths == [102]
     for implementation in IMPLEMENTATIONS[1:]:
         cache = VambaCache(model.config, video_cache_implementation=implementation)
         with pytest.raises(ValueError, match="takes no gradient: run under `torch.no_grad"):
-            model(input_ids=make_text(), past_key_values=cache, **VIDEO)
+            model(input_ids=make_text(), cache=cache, **VIDEO)
 
 
 @pytest.mark.gpu
@@ -390,14 +388,14 @@ def test_on_a_gpu(implementation, attn_implementation):
     exact, cache = model.encode_video(**video), model.encode_video(**video, **options)
     text = make_text().cuda()
     with torch.no_grad():
-        expected = model(input_ids=text, past_key_values=exact.fork()).logits
+        expected = model(input_ids=text, cache=exact.fork()).logits
         for _ in range(5):
-            found = model(input_ids=text, past_key_values=cache.fork()).logits
+            found = model(input_ids=text, cache=cache.fork()).logits
             assert relative_error(found, expected) < (1e-2 if implementation in EXACT else 2e-2)
-    once, again = (generate(model, text, past_key_values=cache.fork()) for _ in range(2))
+    once, again = (generate(model, text, cache=cache.fork()) for _ in range(2))
     assert torch.equal(once, again)
-    assert torch.equal(generate(model, text, past_key_values=cache.fork().to("cpu").to("cuda")), once)
-    static = generate(model, text, past_key_values=cache.fork(), cache_implementation="static")
+    assert torch.equal(generate(model, text, cache=cache.fork().to("cpu").to("cuda")), once)
+    static = generate(model, text, cache=cache.fork(), cache_implementation="static")
     assert (static == once).float().mean() > 0.9  # a tie may fall the other way
 
 

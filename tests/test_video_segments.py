@@ -217,7 +217,7 @@ def test_cache_and_answer_are_those_of_the_whole_video(processor, video_file):
     whole = model.encode_video(**processor(videos=[video_file], return_tensors="pt", num_frames=22))
     cache = None
     for segment in processor.iter_video_segments(video_file, num_frames=22, segment_frames=4):
-        cache = model.encode_video(**segment, past_key_values=cache)
+        cache = model.encode_video(**segment, cache=cache)
     assert cache.video_lengths == whole.video_lengths == [11 * 2 * 3]
     for layer, expected in zip(cache.videos[0], whole.videos[0], strict=True):
         torch.testing.assert_close(layer.keys, expected.keys, rtol=0, atol=1e-5)
@@ -225,8 +225,8 @@ def test_cache_and_answer_are_those_of_the_whole_video(processor, video_file):
         if expected.mixer_state is not None:
             torch.testing.assert_close(layer.mixer_state.ssm, expected.mixer_state.ssm, rtol=0, atol=1e-5)
     question = {"input_ids": make_text(), "max_new_tokens": 12, "do_sample": False}
-    tokens = model.generate(**question, past_key_values=cache.fork())
-    assert torch.equal(tokens, model.generate(**question, past_key_values=whole.fork()))
+    tokens = model.generate(**question, cache=cache.fork())
+    assert torch.equal(tokens, model.generate(**question, cache=whole.fork()))
 
 
 @pytest.fixture

@@ -14,8 +14,10 @@
 """A tiny Vamba with random weights, random images and videos for it, and what is in the video files."""
 
 import torch
+from transformers.utils import ModelOutput
 
-from transformers_vamba import VambaConfig, VambaForConditionalGeneration
+from transformers_vamba import VambaCache, VambaConfig, VambaForConditionalGeneration
+from transformers_vamba.compat import CACHE_NAME
 
 
 # Fields that make every axis of the architecture visible: grouped heads, two SSM groups, several chunks a video.
@@ -69,6 +71,11 @@ def make_media(kind: str, *grids: tuple[int, int, int], seed: int = 0) -> dict[s
     pixels = torch.randn(sum(t * h * w for t, h, w in grids), PATCH_DIM, generator=generator)
     names = ("pixel_values", "image_grid_thw") if kind == "image" else ("pixel_values_videos", "video_grid_thw")
     return dict(zip(names, (pixels, torch.tensor(grids))))
+
+
+def cache_of(outputs: ModelOutput) -> VambaCache:
+    """The cache among a model's outputs, which Transformers calls by another name since 5.24."""
+    return getattr(outputs, CACHE_NAME)
 
 
 def make_text(batch_size: int = 1, length: int = 12, seed: int = 0) -> torch.Tensor:

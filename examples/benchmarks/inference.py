@@ -193,14 +193,14 @@ def measure_vamba(model, num_frames: int, patches: tuple[int, int], row: dict) -
     warm_frames = min(num_frames, 2 * 64 + num_frames % 64)
     warm_cache, _ = encode(model, make_pixels(model, warm_frames, patches, "cpu"), video_cache)
     for batch_size in (1, NUM_QUESTIONS):
-        generate(model, make_text(model, batch_size), 3, past_key_values=warm_cache.fork())
+        generate(model, make_text(model, batch_size), 3, cache=warm_cache.fork())
     del warm_cache
     video = make_pixels(model, num_frames, patches, "cpu")
 
     reset_peak(model)
     cache, row["encode_s"] = encode(model, video, video_cache)
     del video
-    times = generate(model, make_text(model), past_key_values=cache.fork())
+    times = generate(model, make_text(model), cache=cache.fork())
     row |= {"first_token_s": row["encode_s"] + times[0], "peak_gib": peak_gib(model)}
     if model.device.type == "cuda" and "weights" not in row:
         row["forecast_gib"] = forecast_gib(model, num_frames, video_cache)
@@ -212,10 +212,10 @@ def measure_vamba(model, num_frames: int, patches: tuple[int, int], row: dict) -
     if not all(state.isfinite().all() for state in last_states):
         row["note"] = "not finite"
 
-    questions = [generate(model, make_text(model), n, past_key_values=cache.fork()) for n in (1, 1, NUM_NEW_TOKENS)]
+    questions = [generate(model, make_text(model), n, cache=cache.fork()) for n in (1, 1, NUM_NEW_TOKENS)]
     row["further_question_s"] = statistics.median(times[0] for times in questions)
     row["one_by_one_tokens_s"] = NUM_NEW_TOKENS / questions[-1][-1]
-    times = generate(model, make_text(model, NUM_QUESTIONS), past_key_values=cache.fork())
+    times = generate(model, make_text(model, NUM_QUESTIONS), cache=cache.fork())
     row["at_once_tokens_s"] = NUM_QUESTIONS * NUM_NEW_TOKENS / times[-1]
     row["at_once_peak_gib"] = peak_gib(model)
 
@@ -226,7 +226,7 @@ def measure_compiled(model, num_frames: int, patches: tuple[int, int], row: dict
     cache, _ = encode(model, make_pixels(model, num_frames, patches, "cpu"), row.get("video_cache"))
     torch.compiler.reset()  # a step that fits is taken, whatever it was compiled for
     for _ in range(2):  # the first call compiles and captures
-        times = generate(model, make_text(model), past_key_values=cache.fork(), cache_implementation="static")
+        times = generate(model, make_text(model), cache=cache.fork(), cache_implementation="static")
         row.setdefault("compiled_s", times[-1])
     row["compiled_decode_ms"] = milliseconds_a_token(times)
     row["compiled_peak_gib"] = peak_gib(model)

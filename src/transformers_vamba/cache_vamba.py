@@ -73,6 +73,7 @@ class VambaCache(Cache):
         rows (`list[int | None]`, *optional*):
             Index in `videos` of the video that each row of the batch reads, `None` for a row without one. Unset until
             a batch of text has met the cache.
+        is_read (`bool`): Whether a layer has read the videos since this was last set to `False`.
     """
 
     def __new__(cls, config: PreTrainedConfig | None = None, text_cache: Cache | None = None, *args, **kwargs):
@@ -99,6 +100,7 @@ class VambaCache(Cache):
         self.config = text_config
         self.videos: list[list[VambaVideoLayer]] = []
         self.rows: list[int | None] | None = None
+        self.is_read = False
 
     def __repr__(self):
         return f"{type(self).__name__}(layers={self.layers}, video_lengths={self.video_lengths}, rows={self.rows})"
@@ -151,6 +153,7 @@ class VambaCache(Cache):
         The keys and values of each video in one decoder layer, or `None` of a video that none of the rows reads. Those
         of the next layer begin to come to the device, where they are offloaded.
         """
+        self.is_read = True
         is_read = [video in rows for video in range(len(self.videos))]
         states = [video[layer_idx].read() if read else None for video, read in zip(self.videos, is_read)]
         for video in itertools.compress(self.videos, is_read):
@@ -189,7 +192,7 @@ class VambaCache(Cache):
         """Raises a `ValueError` unless the videos are kept in the way that is asked for, if one is."""
         if asked is not None and asked != self.video_cache_implementation:
             raise ValueError(
-                f"`video_cache_implementation` is {asked!r}, but the cache given as `past_key_values` keeps its "
+                f"`video_cache_implementation` is {asked!r}, but the cache given as `cache` keeps its "
                 f"videos {self.video_cache_implementation!r}. Leave it out, or make the cache with "
                 f"`VambaCache(model.config, video_cache_implementation={asked!r})`."
             )

@@ -57,7 +57,7 @@ def check_text(
     inputs_embeds: Any,
     attention_mask: Any,
     position_ids: Any,
-    past_key_values: Any,
+    cache: Any,
 ) -> None:
     """Checks the types and shapes of the text's arguments of `forward`; `input_ids` or `inputs_embeds` is `None`."""
     if input_ids is not None:
@@ -69,11 +69,11 @@ def check_text(
     batch_size, sequence_length = text.shape[:2]
     if batch_size == 0 or sequence_length == 0:
         raise ValueError(f"`{name}` must not be empty, got shape {tuple(text.shape)}.")
-    if past_key_values is not None and not isinstance(past_key_values, Cache):
-        raise TypeError(f"`past_key_values` must be a Cache, got {type(past_key_values).__name__}.")
+    if cache is not None and not isinstance(cache, Cache):
+        raise TypeError(f"`cache` must be a Cache, got {type(cache).__name__}.")
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim != 4:  # 4: prepared before
         length = attention_mask.shape[-1] if attention_mask.ndim else 0
-        is_long_enough = length == sequence_length if past_key_values is None else length >= sequence_length
+        is_long_enough = length == sequence_length if cache is None else length >= sequence_length
         if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size or not is_long_enough:
             raise ValueError(
                 f"`attention_mask` must have shape ({batch_size}, past length + {sequence_length}), got "
@@ -118,7 +118,7 @@ def check_prompt_goes_on(past_length: int, length: int | None) -> None:
         raise ValueError(
             f"The cache holds {past_length} tokens of text, and a prompt that goes on from them is longer; got one of "
             f"{length}. To ask several questions about one video, give each a fork of the cache from before the "
-            "first: `generate(..., past_key_values=cache.fork())`."
+            "first: `generate(..., cache=cache.fork())`."
         )
 
 

@@ -62,6 +62,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .cache_vamba import VambaCache
 from .checkpointing_vamba import plain_checkpoint, resolve_checkpointing, run_in_parts
 from .checks_vamba import check_no_media_expected, check_tensor, check_text
+from .compat import CACHE_NAME, CACHE_NAMES, checked_forward, takes_cache
 from .configuration_vamba import VambaConfig, VambaTextConfig
 from .decoder_vamba import VambaDecoderLayer
 from .distributed_vamba import (
@@ -103,7 +104,7 @@ BACKENDS_FOR_FEW_TOKENS = [
 class VambaPreTrainedModel(Qwen2VLPreTrainedModel):
     config: VambaConfig
     _no_split_modules = ["VambaDecoderLayer", "Qwen2VLVisionBlock"]
-    _skip_keys_device_placement = ["past_key_values", "video_cache"]
+    _skip_keys_device_placement = [*CACHE_NAMES, "video_cache"]
 
     def _set_gradient_checkpointing(
         self,
@@ -226,6 +227,7 @@ class VambaTextModel(VambaPreTrainedModel):
             # Accelerate brings to the device of a layer what its forward is given, and no more.
             video_states = decoder_layer.encode_video(video_states.to(execution_device(decoder_layer)), layer_cache)
 
+    @checked_forward
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -233,7 +235,7 @@ class VambaTextModel(VambaPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         video_states: torch.FloatTensor | None = None,
@@ -251,7 +253,7 @@ class VambaTextModel(VambaPreTrainedModel):
                 1 for text tokens to attend to, 0 for padding; or masks already prepared.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Text positions. Restarting at 0 within a row, they keep packed sequences apart in the self-attention.
-            past_key_values ([`Cache`], *optional*): A [`VambaCache`], or any cache for text alone.
+            cache ([`Cache`], *optional*): A [`VambaCache`], or any cache for text alone.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Embedded tokens instead of `input_ids`.
             use_cache (`bool`, *optional*): Whether to keep the text's keys and values.
@@ -272,18 +274,18 @@ class VambaTextModel(VambaPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, sequence_length, _ = inputs_embeds.shape
 
-        if use_cache and past_key_values is None:
-            past_key_values = VambaCache(self.config)
+        if use_cache and cache is None:
+            cache = VambaCache(self.config)
         video_cache = None
-        if isinstance(past_key_values, VambaCache) and video_states is None:
-            past_key_values.check_fits(self.config)
-            video_cache = past_key_values
-            rows = past_key_values.resolve_rows(batch_size)
+        if isinstance(cache, VambaCache) and video_states is None:
+            cache.check_fits(self.config)
+            video_cache = cache
+            rows = cache.resolve_rows(batch_size)
             if use_cache:
-                past_key_values.rows = rows
+                cache.rows = rows
         # A cache may serve for its videos alone.
-        text_cache = past_key_values
-        if not use_cache and past_key_values is not None and past_key_values.get_seq_length() == 0:
+        text_cache = cache
+        if not use_cache and cache is not None and cache.get_seq_length() == 0:
             text_cache = None
 
         has_video = None
@@ -310,7 +312,7 @@ class VambaTextModel(VambaPreTrainedModel):
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
-                "past_key_values": text_cache,
+                CACHE_NAME: text_cache,
                 "position_ids": position_ids,
             }
             causal_mask_mapping = {"full_attention": create_causal_mask(**mask_kwargs)}
@@ -323,7 +325,7 @@ class VambaTextModel(VambaPreTrainedModel):
             self._run_layers,
             causal_mask_mapping,
             position_ids=position_ids,
-            past_key_values=text_cache,
+            **{CACHE_NAME: text_cache},
             position_embeddings=position_embeddings,
             video_lengths=video_lengths,
             video_cache=video_cache,
@@ -347,7 +349,7 @@ class VambaTextModel(VambaPreTrainedModel):
             hidden_states = hidden_states + zero_of_parameters(self.layers[-1].vision_mixer)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else text_cache,
+            **{CACHE_NAME: cache if use_cache else text_cache},
         )
 
     def _run_layers(
@@ -448,12 +450,13 @@ class VambaModel(VambaPreTrainedModel):
                     self.language_model.encode_video(self.embed_media(segment), video)
         cache.rows = rows
 
+    @checked_forward
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -469,22 +472,20 @@ class VambaModel(VambaPreTrainedModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         hidden_size = self.config.text_config.hidden_size
-        check_text(hidden_size, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+        check_text(hidden_size, input_ids, inputs_embeds, attention_mask, position_ids, cache)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         sample_lengths = lengths_of_samples(
-            starts_of_samples(position_ids, len(inputs_embeds), attention_mask, past_key_values, use_cache)
+            starts_of_samples(position_ids, len(inputs_embeds), attention_mask, cache, use_cache)
         )
         group = self.sequence_parallel_group
-        if group is not None and (past_key_values is not None or use_cache):
+        if group is not None and (cache is not None or use_cache):
             raise ValueError(
-                "Sequence parallelism keeps no cache: call `forward` without `past_key_values` and `use_cache`, or "
+                "Sequence parallelism keeps no cache: call `forward` without `cache` and `use_cache`, or "
                 "end it with `set_sequence_parallel_group(None)`."
             )
         is_kept_together = (
-            sample_lengths is not None
-            or group is not None
-            or (past_key_values is None and not use_cache and is_sharded(self))
+            sample_lengths is not None or group is not None or (cache is None and not use_cache and is_sharded(self))
         )
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training and not is_kept_together
@@ -509,13 +510,13 @@ class VambaModel(VambaPreTrainedModel):
             num_tokens = [count_tokens(row, self.config.vision_config.spatial_merge_size) for row in media]
             check_stretches(num_tokens, inputs_embeds, self.config.text_config.mamba_d_conv - 1, group)
         if any(media):
-            if is_kept_together or (past_key_values is None and torch.is_grad_enabled() and not use_cache):
+            if is_kept_together or (cache is None and torch.is_grad_enabled() and not use_cache):
                 kwargs.update(self._video_stream(media), sample_lengths=sample_lengths, sequence_parallel_group=group)
             else:
-                if not isinstance(past_key_values, VambaCache):
-                    past_key_values = VambaCache(self.config, past_key_values)
-                self.encode_media(media, past_key_values)
-        elif past_key_values is None:
+                if not isinstance(cache, VambaCache):
+                    cache = VambaCache(self.config, cache)
+                self.encode_media(media, cache)
+        elif cache is None:
             check_no_media_expected(self.config, input_ids if self.training else None, mm_token_type_ids)
             if is_sharded(self) or (self.training and torch.is_grad_enabled() and is_distributed()):
                 kwargs.update(self._video_stream([[smallest_medium(self.config.vision_config)]]), is_read=False)
@@ -524,7 +525,7 @@ class VambaModel(VambaPreTrainedModel):
         return self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -635,20 +636,21 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
         """See [`Qwen2VLModel.get_video_features`]."""
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
+    @takes_cache
     @torch.no_grad()
     def encode_video(
         self,
         pixel_values_videos: torch.FloatTensor,
         video_grid_thw: torch.LongTensor,
         video_sample_ids: torch.LongTensor | None = None,
-        past_key_values: VambaCache | None = None,
+        cache: VambaCache | None = None,
         segment_frames: int = SEGMENT_FRAMES,
         num_remaining_tokens: int = 0,
         video_cache_implementation: str | None = None,
     ) -> VambaCache:
         r"""
         Encodes videos without any text, or appends to videos encoded before (a live stream, or a long file in pieces).
-        Ask questions against the result with `generate(..., past_key_values=cache.fork())`.
+        Ask questions against the result with `generate(..., cache=cache.fork())`.
 
         Args:
             pixel_values_videos (`torch.FloatTensor` of shape `(num_patches, patch_dim)`):
@@ -658,7 +660,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
             video_sample_ids (`torch.LongTensor` of shape `(num_videos,)`, *optional*):
                 The row that each video belongs to, for a cache of several rows. By default all are of one row, in
                 order.
-            past_key_values ([`VambaCache`], *optional*): The cache to append to, in place.
+            cache ([`VambaCache`], *optional*): The cache to append to, in place.
             segment_frames (`int`, *optional*, defaults to 64):
                 Frames that go through the model at once. Bounds the memory and changes the result by rounding only.
             num_remaining_tokens (`int`, *optional*, defaults to 0):
@@ -679,12 +681,11 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
             raise ValueError(f"`num_remaining_tokens` must be an integer of at least 0, got {num_remaining_tokens!r}.")
         if not isinstance(segment_frames, int) or segment_frames < 1:
             raise ValueError(f"`segment_frames` must be an integer of at least 1, got {segment_frames!r}.")
-        if past_key_values is not None and not isinstance(past_key_values, VambaCache):
-            raise TypeError(f"`past_key_values` must be a VambaCache, got {type(past_key_values).__name__}.")
-        if past_key_values is None:
+        if cache is not None and not isinstance(cache, VambaCache):
+            raise TypeError(f"`cache` must be a VambaCache, got {type(cache).__name__}.")
+        if cache is None:
             cache = VambaCache(self.config, video_cache_implementation=video_cache_implementation)
         else:
-            cache = past_key_values
             cache.check_video_cache_implementation(video_cache_implementation)
         rows_read = cache.rows
         num_rows = max(1, len(cache.videos))
@@ -703,13 +704,14 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
             cache.rows = None  # no text has been read yet: any number of rows may come to read the video
         return cache
 
+    @checked_forward
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -733,7 +735,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Text positions. In a single row that comes without `attention_mask` and cache, positions that start
                 anew tell packed samples apart: neither text nor media of one are seen by another.
-            past_key_values ([`Cache`], *optional*):
+            cache ([`Cache`], *optional*):
                 A [`VambaCache`], with videos encoded before or text read before; or any cache for text alone.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Embedded tokens instead of `input_ids`.
@@ -787,7 +789,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             pixel_values=pixel_values,
@@ -812,7 +814,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
         loss = None
         if labels is not None:
             check_tensor("labels", labels, False, tuple(hidden_states.shape[:2]))
-            starts = starts_of_samples(position_ids, len(labels), attention_mask, past_key_values, use_cache)
+            starts = starts_of_samples(position_ids, len(labels), attention_mask, cache, use_cache)
             if starts is not None:
                 labels = labels.masked_fill(starts[:, slice_indices].to(labels.device), -100)
             kwargs["vocab_size"] = self.config.text_config.vocab_size
@@ -823,7 +825,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

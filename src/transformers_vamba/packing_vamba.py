@@ -25,7 +25,7 @@ def starts_of_samples(
     position_ids: torch.Tensor | None,
     batch_size: int,
     attention_mask: torch.Tensor | dict | None = None,
-    past_key_values: object | None = None,
+    cache: object | None = None,
     use_cache: bool | None = None,
 ) -> torch.Tensor | None:
     """
@@ -37,11 +37,11 @@ def starts_of_samples(
         position_ids (`torch.LongTensor` of shape `(1, sequence_length)`, *optional*):
             Positions of the text; where there are several axes, in front, the first counts.
         batch_size (`int`): Number of rows.
-        attention_mask, past_key_values, use_cache: As `forward` gets them.
+        attention_mask, cache, use_cache: As `forward` gets them.
     """
     if position_ids is None or batch_size != 1:
         return None
-    if attention_mask is not None or past_key_values is not None or use_cache:
+    if attention_mask is not None or cache is not None or use_cache:
         return None
     if position_ids.ndim == 3:
         position_ids = position_ids[0]

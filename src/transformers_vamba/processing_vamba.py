@@ -144,7 +144,7 @@ class VambaProcessor(Qwen2VLProcessor):
 
             cache = None
             for segment in processor.iter_video_segments("movie.mp4", fps=1.0):
-                cache = model.encode_video(**segment, past_key_values=cache)
+                cache = model.encode_video(**segment, cache=cache)
 
         The segments, one behind the other, are what `processor(videos=[video])` gives at once. A background thread
         decodes two of them ahead; no more than four are in memory at a time, whatever the length.

@@ -169,7 +169,7 @@ class VideoQuestionAnswering:
         cache = None
         for video in videos:
             for segment in self._read(video, settings):
-                cache = self.model.encode_video(**segment, past_key_values=cache)
+                cache = self.model.encode_video(**segment, cache=cache)
         if folder is not None:
             _save(cache, folder)
         return cache
@@ -252,7 +252,7 @@ class VideoQuestionAnswering:
     def _generate(self, prompts: list[Prompt], inputs: BatchFeature, cache: VambaCache | None) -> list[Answer]:
         inputs = inputs.to(self.model.device)
         arguments = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False} | prompts[0].generation
-        tokens = self.model.generate(**inputs, past_key_values=cache, **arguments)
+        tokens = self.model.generate(**inputs, cache=cache, **arguments)
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
         answers = []
         for prompt, row in zip(prompts, tokens, strict=True):
@@ -268,7 +268,7 @@ class VideoQuestionAnswering:
         inputs = inputs.to(self.model.device)
         # Padding stands on the left, and positions count from the first token.
         position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        logits = self.model(**inputs, position_ids=position_ids, past_key_values=cache).logits
+        logits = self.model(**inputs, position_ids=position_ids, cache=cache).logits
         answers = []
         for prompt, row, row_logits in zip(prompts, inputs["input_ids"], logits, strict=True):
             length = len(self.processor.tokenizer(prompt.continuation).input_ids)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The supported versions of Transformers, one after the other and as a next one might be."""
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+import transformers
+from tiny_vamba import cache_of, make_media, make_text, tiny_model
+from transformers import DynamicCache, GenerationMixin, masking_utils
+
+from transformers_vamba import VambaCache, compat
+
+
+VIDEO = make_media("video", (5, 4, 6))
+BOTH_NAMES = pytest.mark.parametrize("name", compat.CACHE_NAMES)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def load_compat():
+    """The module, loaded once more."""
+    spec = importlib.util.spec_from_file_location("transformers_vamba.compat_again", compat.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@BOTH_NAMES
+def test_the_cache_has_two_names(model, name):
+    cache = model.encode_video(**VIDEO)
+    with torch.no_grad():
+        expected = model(input_ids=make_text(), **VIDEO).logits
+        for part in (model, model.model):
+            outputs = part(input_ids=make_text(), **{name: cache.fork()})
+            assert isinstance(cache_of(outputs), VambaCache)
+        torch.testing.assert_close(model(input_ids=make_text(), **{name: cache.fork()}).logits, expected)
+    tokens = model.generate(make_text(), max_new_tokens=4, do_sample=False, **VIDEO)
+    assert torch.equal(model.generate(make_text(), max_new_tokens=4, do_sample=False, **{name: cache.fork()}), tokens)
+    more = make_media("video", (2, 4, 6), seed=1)
+    assert model.encode_video(**more, **{name: cache}).video_lengths == [30 + 12]
+    inputs = model.prepare_inputs_for_generation(make_text(), **{name: cache})
+    assert inputs["past_key_values"] is cache
+
+
+def test_two_different_caches_are_an_error(model):
+    caches = {name: DynamicCache() for name in compat.CACHE_NAMES}
+    for call in (model, model.model.language_model, model.generate):
+        with pytest.raises(TypeError, match="two names of one argument"):
+            call(input_ids=make_text(), **caches)
+
+
+@pytest.mark.parametrize("part", ("model", "base model", "decoder"))
+def test_unknown_arguments_are_an_error(model, part):
+    part = {"model": model, "base model": model.model, "decoder": model.model.language_model}[part]
+    with pytest.raises(TypeError, match=r"unexpected arguments: kv_cache, pixel_value\. It takes .*input_ids"):
+        part(input_ids=make_text(), kv_cache=None, pixel_value=None)
+    part(input_ids=make_text(), output_hidden_states=True, return_dict=True, num_items_in_batch=3)
+
+
+@pytest.mark.parametrize("given", ("pixels", "cache"))
+@pytest.mark.parametrize("beams", (1, 2))
+def test_a_further_renaming_is_an_error_and_no_answer(model, monkeypatch, given, beams):
+    prepare = GenerationMixin.prepare_inputs_for_generation
+    encoded = model.encode_video(**VIDEO)
+    arguments = {"input_ids": make_text(), "max_new_tokens": 4, "num_beams": beams, "do_sample": False}
+
+    def renamed(*args, **kwargs):
+        inputs = prepare(*args, **kwargs)
+        return {"kv_cache" if name in compat.CACHE_NAMES else name: value for name, value in inputs.items()}
+
+    def dropped(*args, **kwargs):
+        return {name: value for name, value in prepare(*args, **kwargs).items() if name not in compat.CACHE_NAMES}
+
+    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", renamed)
+    with pytest.raises(TypeError, match="kv_cache"):
+        model.generate(**arguments, **(VIDEO if given == "pixels" else {"cache": encoded.fork()}))
+    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", dropped)
+    with pytest.raises(RuntimeError, match="has not read the videos"):
+        model.generate(**arguments, **(VIDEO if given == "pixels" else {"cache": encoded.fork()}))
+
+
+def test_what_generate_reads_itself_does_not_reach_forward(model, tokenizer):
+    arguments = {"stop_strings": ["e"], "tokenizer": tokenizer}
+    assert model.generate(make_text(), max_new_tokens=2, **arguments, **VIDEO).shape[1] > 12
+
+
+def test_a_name_that_is_not_known_is_an_error_at_import(monkeypatch):
+    monkeypatch.setattr(masking_utils, "create_causal_mask", lambda config, kv_cache: None)
+    with pytest.raises(ImportError, match="neither 'cache' nor 'past_key_values'"):
+        load_compat()
+
+
+@pytest.mark.parametrize("version, warns", (("5.16.1", 1), ("5.17.0", 0), ("5.24.0", 0), ("5.24.1", 1), ("6.0.0", 1)))
+def test_versions_that_were_not_tested_are_named_at_import(monkeypatch, caplog, version, warns):
+    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("transformers_vamba.compat_again"), "propagate", True)
+    load_compat()
+    assert len(caplog.messages) == warns
+    assert all(f"tested with Transformers 5.17.0 to 5.24.0, and this is {version}" in text for text in caplog.messages)
+
+
+def test_nothing_that_is_deprecated_is_used(model, caplog, recwarn, monkeypatch):
+    """Some warnings of Transformers are logged; those that are raised are errors in all tests, see pyproject.toml."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    transformers.utils.logging.warning_once.cache_clear()
+    outputs = model.generate(make_text(), max_new_tokens=3, num_beams=2, return_dict_in_generate=True, **VIDEO)
+    model.train()(input_ids=make_text(), labels=make_text(), **VIDEO).loss.backward()
+    model.eval().zero_grad()
+    assert cache_of(outputs).video_lengths == [30]
+    messages = caplog.messages + [str(warning.message) for warning in recwarn]
+    assert not [message for message in messages if "deprecated" in message]
