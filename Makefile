@@ -19,8 +19,8 @@ test-latest:
 		peft pillow pytest pytest-xdist safetensors torch torchvision tqdm transformers
 	.venv-latest/bin/python -m pip list | grep -iE '^(transformers|torch|torchvision|huggingface_hub|peft) '
 	.venv-latest/bin/python examples/demo.py
-	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n 2 tests/test_compat.py tests/test_generation.py \
-		tests/test_modeling_vamba.py tests/test_reference.py tests/test_tiny_model.py tests/test_video_cache.py
+	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n 2 tests/test_compat.py tests/test_modeling_vamba.py \
+		tests/test_reference.py tests/cache tests/generation tests/examples/test_tiny_model.py
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

@@ -21,7 +21,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from transformers_vamba import VambaDataCollator, last_whole_checkpoint, lora_target_modules
-from transformers_vamba.peft_vamba import VambaPeftModel
+from transformers_vamba.training.peft import VambaPeftModel
 
 
 TINY_MODEL = str(Path(__file__).parent.parent / "checkpoints" / "vamba-tiny")

@@ -1,16 +1,4 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Synthetic videos of coloured shapes, with questions and answers, for the tiny model.
 
 Every video is 112x112 pixels, and tells one of three stories. White flashes (0 to 5) may come in between.

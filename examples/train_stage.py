@@ -37,7 +37,7 @@ from transformers_vamba import (
     last_whole_checkpoint,
     train_parts,
 )
-from transformers_vamba.distillation_vamba import VambaDistillationTrainer
+from transformers_vamba.training.distillation import VambaDistillationTrainer
 
 
 logger = logging.get_logger(__name__)

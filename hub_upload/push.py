@@ -1,16 +1,4 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """
 Write the repository folder of a Vamba checkpoint, or of an adapter for one, and push it to the Hub.
 
@@ -30,6 +18,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from bundle import flat_files
 from checkpoint_folders import (
     check_destination,
     check_parameters,
@@ -43,7 +32,6 @@ from convert import load_processor, save_generation_config
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: of httpx or httpx2, whichever it uses
 from huggingface_hub.utils import validate_repo_id
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from transformers_vamba import (
@@ -69,10 +57,9 @@ AUTO_CLASSES = {
 AUTO_MAP = {name: f"{cls.__module__.rsplit('.', 1)[1]}.{cls.__name__}" for name, cls in AUTO_CLASSES.items()}
 
 
-def code_files() -> list[Path]:
-    """This package's files that the Auto classes need, found as Transformers does: by their relative imports."""
-    entries = {Path(sys.modules[cls.__module__].__file__) for cls in AUTO_CLASSES.values()}
-    return sorted({Path(file) for entry in entries for file in [entry, *get_relative_import_files(entry)]})
+def code_files() -> dict[str, str]:
+    """Name and text of the files that the Auto classes need, as the Hub's remote code."""
+    return flat_files({Path(sys.modules[cls.__module__].__file__) for cls in AUTO_CLASSES.values()})
 
 
 def link(source: Path, target: Path) -> None:
@@ -158,8 +145,8 @@ def write_model(checkpoint: Path, folder: Path, **card) -> None:
     config.save_pretrained(folder)
     processor.save_pretrained(folder)
     save_generation_config(checkpoint, config, folder)
-    for file in code_files():
-        shutil.copyfile(file, folder / file.name)
+    for name, text in code_files().items():
+        (folder / name).write_text(text)
 
     num_parameters = Counter()
     for shard in find_shards(checkpoint):

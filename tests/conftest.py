@@ -1,33 +1,26 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
+import os
 from collections import Counter
-from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from tiny_vamba import level_of_frame
+from tiny_vamba import ROOT, TINY_CHECKPOINT, level_of_frame
 from tokenizers import ByteLevelBPETokenizer
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor
 
 from transformers_vamba import VambaProcessor, VambaVideoProcessor
 
 
+HELPERS = [str(ROOT / name) for name in ("tests", "examples", "examples/benchmarks", "hub_upload")]
+
 # Qwen2-VL's, as its checkpoints ship it.
-CHAT_TEMPLATE = (Path(__file__).parent.parent / "checkpoints" / "vamba-tiny" / "chat_template.jinja").read_text()
+CHAT_TEMPLATE = (TINY_CHECKPOINT / "chat_template.jinja").read_text()
+
+# The programs that the tests start import helpers and examples as the tests do.
+os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), *HELPERS])
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",

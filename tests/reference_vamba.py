@@ -1,16 +1,4 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Vamba by its definition, in float64: one row at a time, one token after the other, no padding, no cache."""
 
 import copy
@@ -19,7 +7,7 @@ import torch
 from torch.nn.functional import conv1d, pad, silu, softplus
 
 from transformers_vamba import VambaForConditionalGeneration
-from transformers_vamba.mixer_vamba import VambaVisionMixer
+from transformers_vamba.layers.mixer import VambaVisionMixer
 
 
 def reference_mixer(block: VambaVisionMixer, video_states: torch.Tensor) -> torch.Tensor:

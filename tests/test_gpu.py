@@ -1,16 +1,4 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """The model on a CUDA device in bfloat16, with and without kernels, against float32 on the CPU."""
 
 import pytest
@@ -18,9 +6,8 @@ import torch
 from tiny_vamba import make_media, make_text, tiny_model
 from transformers.utils import is_flash_attn_2_available
 
-from transformers_vamba import mixer_vamba
-from transformers_vamba.checkpointing_vamba import HostCopy, OffloadedCheckpoint
-from transformers_vamba.mixer_vamba import VambaMixer
+from transformers_vamba.layers.mixer import VambaMixer
+from transformers_vamba.parallel.gradient_checkpointing import HostCopy, OffloadedCheckpoint
 
 
 pytestmark = pytest.mark.gpu
@@ -87,7 +74,7 @@ def test_gradients_agree_with_the_cpu(scan):
 @pytest.mark.parametrize("kwargs", ({}, {"layers_per_checkpoint": 2}))
 def test_gradients_of_every_checkpointing_agree(scan, monkeypatch, kwargs, options):
     """Stretches of 48 tokens, so that each video has several and one stretch has several videos."""
-    monkeypatch.setattr(mixer_vamba, "MAX_TOKENS_PER_PART", 48)
+    monkeypatch.setattr("transformers_vamba.layers.mixer.MAX_TOKENS_PER_PART", 48)
     monkeypatch.setattr(OffloadedCheckpoint, "min_bytes", 0)
     monkeypatch.setattr(HostCopy, "_PIECE_BYTES", 4096)
     inputs = {name: value.cuda() for name, value in BATCH.items()}

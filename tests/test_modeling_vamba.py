@@ -1,22 +1,11 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """The model: rows, segments, gradients, initialisation, checkpoints, errors."""
 
 import json
 
 import pytest
 import torch
+from batches import TEXTS, gradients, make_batch, make_row
 from safetensors.torch import load_file
 from tiny_vamba import VISION_CONFIG, cache_of, make_media, make_text, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Qwen2VLConfig
@@ -28,40 +17,6 @@ from transformers_vamba import VambaCache, VambaConfig, VambaForConditionalGener
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
-
-
-# A batch of four: nothing, one image, two videos, a video before an image. Texts of different lengths.
-ROWS = [
-    {},
-    make_media("image", (1, 4, 8), seed=1),
-    make_media("video", (2, 4, 4), (3, 4, 6), seed=2),
-    make_media("image", (1, 4, 4), seed=3) | make_media("video", (4, 6, 4), seed=4),
-]
-TEXTS = [make_text(length=length, seed=length)[0] for length in (5, 9, 12, 7)]
-TOKEN_TYPES = [[], [1], [2, 2], [2, 1]]
-
-
-def make_row(row: int) -> dict[str, torch.Tensor]:
-    types = torch.zeros_like(TEXTS[row])
-    types[: len(TOKEN_TYPES[row])] = torch.tensor(TOKEN_TYPES[row], dtype=torch.long)
-    return {"input_ids": TEXTS[row][None], "mm_token_type_ids": types[None], **ROWS[row]}
-
-
-def make_batch(padding_side: str) -> dict[str, torch.Tensor]:
-    length = max(map(len, TEXTS))
-    batch = {name: torch.zeros(4, length, dtype=torch.long) for name in ("input_ids", "mm_token_type_ids")}
-    batch["attention_mask"] = torch.zeros(4, length, dtype=torch.long)
-    for row, text in enumerate(TEXTS):
-        place = slice(0, len(text)) if padding_side == "right" else slice(length - len(text), length)
-        single = make_row(row)
-        batch["input_ids"][row, place] = text
-        batch["mm_token_type_ids"][row, place] = single["mm_token_type_ids"][0]
-        batch["attention_mask"][row, place] = 1
-    for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
-        batch[name] = torch.cat([media[name] for media in ROWS if name in media])
-    batch["image_sample_ids"] = torch.tensor([1, 3])
-    batch["video_sample_ids"] = torch.tensor([2, 2, 3])
-    return batch
 
 
 @pytest.mark.parametrize("use_cache", (True, False))
@@ -108,20 +63,6 @@ def test_batch_generates_what_each_row_does_alone(model):
     for row in range(4):
         alone = model.generate(**make_row(row), max_new_tokens=8, do_sample=False)[0, len(TEXTS[row]) :]
         assert torch.equal(generated[row], alone)
-
-
-def gradients(model, losses):
-    model.zero_grad()
-    for loss in losses:
-        loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-def assert_same_gradients(actual, expected):
-    """To rounding: norms and rotary angles are float32 in every dtype."""
-    assert actual.keys() == expected.keys()
-    for name, gradient in actual.items():
-        assert (gradient - expected[name]).norm() <= 1e-6 * expected[name].norm() + 1e-9, name
 
 
 def test_batch_gives_the_gradient_of_its_rows(model):

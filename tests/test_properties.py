@@ -1,16 +1,4 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Random batches, paddings, streams and packed sequences against the reference in float64."""
 
@@ -22,10 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference_vamba import reference_logits, reference_mixer
-from test_mixer_vamba import make_block
-from tiny_vamba import cache_of, make_media, make_text, tiny_model
+from tiny_vamba import cache_of, make_block, make_media, make_text, tiny_model
 
-from transformers_vamba.mixer_vamba import VambaMixer
+from transformers_vamba.layers.mixer import VambaMixer
 
 
 # Greatest error, relative to the norm of the reference. Norms and rotary angles are float32 in every dtype.

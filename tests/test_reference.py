@@ -1,29 +1,15 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Agreement with the published implementation (tests/fixtures)."""
-
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_vamba import FIXTURES
 from transformers import AutoModelForImageTextToText
 
 from transformers_vamba import VambaConfig, VambaForConditionalGeneration, VambaModel
 
 
-FIXTURES = Path(__file__).parent / "fixtures"
 CASES = ("video", "image", "two_videos", "batch")
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
 

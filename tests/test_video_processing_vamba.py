@@ -1,16 +1,4 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 import functools
 import http.server
@@ -24,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_vamba import level_of_frame
+from tiny_vamba import level_of_frame, levels_of
 from transformers import AutoVideoProcessor, Qwen2VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
@@ -34,15 +22,6 @@ from transformers_vamba import VambaVideoProcessor
 def frames_of(num_frames, height, width, seed=0):
     """Random frames, uint8 of shape (num_frames, height, width, 3)."""
     return np.random.default_rng(seed).integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
-
-
-def levels_of(outputs, video_processor):
-    """Mean grey level of each frame that went into `pixel_values_videos`, whose videos must be of one size."""
-    grid_t = int(outputs["video_grid_thw"][:, 0].sum())
-    channels, temporal, patch = 3, video_processor.temporal_patch_size, video_processor.patch_size
-    pixels = outputs["pixel_values_videos"].view(grid_t, -1, channels, temporal, patch * patch)
-    mean, std = (torch.tensor(value)[:, None] for value in (video_processor.image_mean, video_processor.image_std))
-    return ((pixels.mean(dim=(1, 4)) * std + mean) * 255).mean(dim=1).flatten()
 
 
 def assert_frames(outputs, video_processor, indices):

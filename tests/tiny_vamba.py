@@ -1,23 +1,19 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """A tiny Vamba with random weights, random images and videos for it, and what is in the video files."""
+
+from pathlib import Path
 
 import torch
 from transformers.utils import ModelOutput
 
 from transformers_vamba import VambaCache, VambaConfig, VambaForConditionalGeneration
 from transformers_vamba.compat import CACHE_NAME
+from transformers_vamba.layers.mixer import VambaVisionMixer
+
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
+TINY_CHECKPOINT = ROOT / "checkpoints" / "vamba-tiny"
 
 
 # Fields that make every axis of the architecture visible: grouped heads, two SSM groups, several chunks a video.
@@ -85,3 +81,20 @@ def make_text(batch_size: int = 1, length: int = 12, seed: int = 0) -> torch.Ten
 def level_of_frame(index: int) -> int:
     """Grey level of frame `index` of the test videos: it tells the frame apart in spite of lossy coding."""
     return 16 + 4 * (index % 50)
+
+
+def levels_of(outputs, video_processor):
+    """Mean grey level of each frame that went into `pixel_values_videos`, whose videos must be of one size."""
+    grid_t = int(outputs["video_grid_thw"][:, 0].sum())
+    channels, temporal, patch = 3, video_processor.temporal_patch_size, video_processor.patch_size
+    pixels = outputs["pixel_values_videos"].view(grid_t, -1, channels, temporal, patch * patch)
+    mean, std = (torch.tensor(value)[:, None] for value in (video_processor.image_mean, video_processor.image_std))
+    return ((pixels.mean(dim=(1, 4)) * std + mean) * 255).mean(dim=1).flatten()
+
+
+def make_block(device="cpu", dtype=torch.float32, **text_config) -> VambaVisionMixer:
+    torch.manual_seed(0)
+    block = VambaVisionMixer(tiny_config(**text_config).text_config)
+    for name, parameter in block.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name or name.endswith(".D") else 0.0, std=0.3)
+    return block.to(device, dtype)

@@ -1,16 +1,4 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Vamba, the hybrid Mamba-Transformer for hour-long video. Importing it registers the Auto classes of Transformers."""
 
 import transformers
@@ -24,13 +12,13 @@ from transformers import (
     Qwen2VLImageProcessor,
 )
 
-from .cache_vamba import VambaCache
+from .cache.cache import VambaCache
 from .configuration_vamba import VambaConfig, VambaTextConfig
-from .data_collator_vamba import VambaDataCollator
-from .forecast_vamba import VambaForecast, forecast_memory
+from .generation.forecast import VambaForecast, forecast_memory
 from .modeling_vamba import VambaForConditionalGeneration, VambaModel, VambaPreTrainedModel, VambaTextModel
 from .processing_vamba import VambaProcessor
-from .training_vamba import STAGE_PARTS, last_whole_checkpoint, lora_target_modules, train_parts
+from .training.collator import VambaDataCollator
+from .training.parts import STAGE_PARTS, last_whole_checkpoint, lora_target_modules, train_parts
 from .video_processing_vamba import VambaVideoProcessor
 
 

@@ -1,16 +1,4 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """
 PyTorch Vamba model: Qwen2-VL, except that the video never enters the text.
 
@@ -59,13 +47,20 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_vamba import VambaCache
-from .checkpointing_vamba import plain_checkpoint, resolve_checkpointing, run_in_parts
-from .checks_vamba import check_no_media_expected, check_tensor, check_text
+from .cache.cache import VambaCache
+from .cache.layers import VambaVideoLayer
 from .compat import CACHE_NAME, CACHE_NAMES, checked_forward, takes_cache
 from .configuration_vamba import VambaConfig, VambaTextConfig
-from .decoder_vamba import VambaDecoderLayer
-from .distributed_vamba import (
+from .generation.generate import VambaGenerationMixin
+from .inputs.checks import check_no_media_expected, check_tensor, check_text
+from .inputs.media import Medium, count_tokens, group_media_by_row, split_into_segments
+from .inputs.packing import lengths_of_samples, split_marks, starts_of_samples
+from .layers.decoder import VambaDecoderLayer
+from .layers.loss import loss_without_logits
+from .layers.mixer import VambaMixer
+from .layers.vision import VambaVisionModel
+from .parallel.gradient_checkpointing import plain_checkpoint, resolve_checkpointing, run_in_parts
+from .parallel.ranks import (
     copy_parameters,
     count_missing_runs,
     is_distributed,
@@ -73,14 +68,7 @@ from .distributed_vamba import (
     smallest_medium,
     zero_of_parameters,
 )
-from .generation_vamba import VambaGenerationMixin
-from .loss_vamba import loss_without_logits
-from .media_vamba import Medium, count_tokens, group_media_by_row, split_into_segments
-from .mixer_vamba import VambaMixer
-from .packing_vamba import lengths_of_samples, split_marks, starts_of_samples
-from .sequence_parallel_vamba import check_stretches
-from .video_layers_vamba import VambaVideoLayer
-from .vision_vamba import VambaVisionModel
+from .parallel.sequence import check_stretches
 
 
 logger = logging.get_logger(__name__)
@@ -128,7 +116,7 @@ class VambaPreTrainedModel(Qwen2VLPreTrainedModel):
     def set_sequence_parallel_group(self, group: ProcessGroup | None) -> None:
         """
         From now on each process of the group brings a stretch of the frames of one video, the first process the first
-        frames (see [`~sequence_parallel_vamba.take_stretch`]), and the text and labels of that sample, the same in
+        frames (see [`~parallel.sequence.take_stretch`]), and the text and labels of that sample, the same in
         all. Text and loss come out the same in all as well. Each process has a part of the gradients: their mean over
         the group, which DDP and FSDP take, is the gradient of the sample.
 
@@ -848,6 +836,3 @@ def _rename_published(module: nn.Module, state_dict: dict[str, torch.Tensor], pr
             for pattern, replacement in (_RENAME_TOWER, _RENAME_DECODER):
                 name = re.sub(pattern, replacement, name)
             state_dict[prefix + name] = state_dict.pop(key)
-
-
-__all__ = ["VambaForConditionalGeneration", "VambaModel", "VambaPreTrainedModel", "VambaTextModel"]

@@ -1,16 +1,4 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Processor class for Vamba."""
 
 import re
@@ -25,9 +13,9 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.video_utils import VideoInput
 
+from .video.reading import check_frame_files, flatten_videos, normalize_videos
+from .video.segments import iter_video_segments
 from .video_processing_vamba import VambaVideoProcessor
-from .video_reading_vamba import check_frame_files, flatten_videos, normalize_videos
-from .video_segments_vamba import iter_video_segments
 
 
 MEDIUM_TYPE_IDS = {"image": 1, "video": 2}
@@ -70,7 +58,7 @@ class VambaProcessor(Qwen2VLProcessor):
                 The prompts, with a placeholder for each image and video. Without it, only the pixels are returned.
             videos (*optional*):
                 One video, a list of videos in the order of the placeholders, or a list of videos for each row. See
-                [`~video_reading_vamba.normalize_videos`] for the forms of a video.
+                [`~video.reading.normalize_videos`] for the forms of a video.
             **kwargs:
                 Arguments of the tokenizer, the image processor and the video processor. `padding_side` is `"left"`,
                 for generation, unless given here: the tokenizer's own is not read, as saving keeps the last one used.
@@ -284,6 +272,3 @@ class VambaProcessor(Qwen2VLProcessor):
     @property
     def model_input_names(self) -> list[str]:
         return super().model_input_names + ["image_sample_ids", "video_sample_ids"]
-
-
-__all__ = ["VambaProcessor"]

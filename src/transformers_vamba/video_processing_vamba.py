@@ -1,16 +1,4 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Video processor class for Vamba."""
 
 import os
@@ -27,7 +15,7 @@ from transformers.utils import requires_backends
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import make_batched_metadata
 
-from .video_reading_vamba import (
+from .video.reading import (
     absence_error,
     check_frame_files,
     errors_of,
@@ -400,6 +388,3 @@ class VambaVideoProcessor(BaseVideoProcessor):
         for height, width in sizes:
             frames = self.resize(frames, SizeDict(height=height, width=width), resample=resample)
         return self.rescale_and_normalize(frames, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
-
-
-__all__ = ["VambaVideoProcessor"]

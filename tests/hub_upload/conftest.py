@@ -1,33 +1,17 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints in the published layout, folders as they are on the Hub, and an environment to load them in."""
 
 import os
 import subprocess
-import sys
 import venv
 from pathlib import Path
 
+import push
 import pytest
 import torch
 import transformers
-from layouts import TINY_CHECKPOINT, write_published
-
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "hub_upload"))
-
-import push  # noqa: E402
+from layouts import write_published
+from tiny_vamba import TINY_CHECKPOINT
 
 
 @pytest.fixture(scope="session")

@@ -1,29 +1,15 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """The tiny model in the layouts that the Hub's checkpoints have."""
 
 import json
 from pathlib import Path
 
 import torch
+from tiny_vamba import TINY_CHECKPOINT
 from transformers import AutoProcessor, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from transformers_vamba import VambaForConditionalGeneration
 from transformers_vamba.configuration_vamba import _PUBLISHED_MIXER_FIELDS
-
-
-TINY_CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "vamba-tiny"
 
 
 def write_published(folder: Path, **save_kwargs) -> Path:

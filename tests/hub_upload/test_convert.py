@@ -1,16 +1,4 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 import json
 import re
 import shutil
@@ -22,9 +10,9 @@ import checkpoint_folders
 import convert
 import pytest
 import torch
-from layouts import TINY_CHECKPOINT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_vamba import FIXTURES, TINY_CHECKPOINT
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from transformers_vamba import VambaForConditionalGeneration, VambaProcessor
@@ -105,7 +93,7 @@ def test_chat_template_of_the_tokenizer(published, tmp_path):
 
 def test_names_of_the_published_code_are_known():
     """Of a checkpoint that the published code itself wrote."""
-    checkpoint = Path(__file__).parents[1] / "fixtures" / "published"
+    checkpoint = FIXTURES / "published"
     names = checkpoint_folders.check_parameters(checkpoint, checkpoint_folders.read_config(checkpoint))
     model = VambaForConditionalGeneration.from_pretrained(checkpoint)
     tensors = load_file(checkpoint / "model.safetensors")

@@ -1,16 +1,4 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 import json
 import shutil
 import sys
@@ -18,8 +6,9 @@ import sys
 import init_from_qwen2_vl
 import pytest
 import torch
-from layouts import TINY_CHECKPOINT, write_qwen2_vl
+from layouts import write_qwen2_vl
 from safetensors.torch import load_file, save_file
+from tiny_vamba import TINY_CHECKPOINT
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2VLForConditionalGeneration
 
 from transformers_vamba import VambaConfig, VambaForConditionalGeneration

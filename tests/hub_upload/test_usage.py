@@ -1,16 +1,4 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """What users run next: pipelines, Transformers' server and chat, quantised and spread weights."""
 
 import base64
@@ -21,21 +9,16 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import PIL.Image
 import pytest
 import torch
-from layouts import TINY_CHECKPOINT
+from synthetic_videos import sample_video, write_mp4
+from tiny_vamba import TINY_CHECKPOINT
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.utils.import_utils import is_serve_available
-
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-from synthetic_videos import sample_video, write_mp4  # noqa: E402
 
 
 @pytest.fixture(scope="module")

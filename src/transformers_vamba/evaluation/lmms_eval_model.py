@@ -1,16 +1,4 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Vamba as a model of `lmms-eval`."""
 
 import time
@@ -245,6 +233,3 @@ def _to_generation(generation_kwargs: dict) -> dict:
     generation = {name: generation_kwargs[name] for name in names if generation_kwargs.get(name) is not None}
     stop = generation_kwargs.get("until") or ()
     return {"generation": generation, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
-
-
-__all__ = ["VambaChat", "VambaSimple"]

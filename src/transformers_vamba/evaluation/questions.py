@@ -1,16 +1,4 @@
-# Copyright 2026 The transformers-vamba team
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Answers to many questions about many videos, each video encoded once."""
 
 import hashlib
@@ -29,8 +17,8 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature
 from transformers.utils import logging
 
-from ..cache_vamba import VambaCache
-from ..video_reading_vamba import is_remote, local_path
+from ..cache.cache import VambaCache
+from ..video.reading import is_remote, local_path
 
 
 logger = logging.get_logger(__name__)
@@ -299,6 +287,3 @@ def _save(cache: VambaCache, folder: Path) -> None:
         os.rename(partial, folder)
     except OSError:  # another process was faster
         shutil.rmtree(partial)
-
-
-__all__ = ["Answer", "Prompt", "UnreadableVideoError", "VideoQuestionAnswering", "VideoSettings"]

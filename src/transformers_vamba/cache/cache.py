@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache of a Vamba model: the text's keys and values a row, and those of each video once, whoever reads it."""
+
+import copy
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+
+from ..configuration_vamba import VambaTextConfig
+from ..ops.quantized_attention import QuantizedStates
+from .layers import VambaVideoLayer, resolve_implementation
+
+
+CACHE_CONFIG_NAME = "cache_config.json"
+# What a model and a cache must have in common.
+_FIELDS_THAT_FIT = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "mamba_d_state",
+    "mamba_d_conv",
+    "mamba_expand",
+    "mamba_d_head",
+    "mamba_n_groups",
+)
+
+
+class VambaCache(Cache):
+    """
+    What a Vamba model remembers: `layers`, the text's keys and values as in any Transformers cache, and `videos`,
+    for each video its keys and values and mixer states in every layer. A video is held once, however many beams,
+    samples or questions read it: `rows` says which video each row of the batch reads.
+
+    Everything that `Cache` says of lengths, masks, cropping and so on concerns the text alone.
+
+    Args:
+        config ([`PreTrainedConfig`]): Configuration of the model, for the number and kind of its layers.
+        text_cache ([`Cache`], *optional*):
+            Cache for the text, of any kind (dynamic, static, offloaded, quantised); its layers are taken over. A
+            [`DynamicCache`] by default.
+        video_cache_implementation (`str`, *optional*, defaults to `"dynamic"`):
+            How the keys and values of the videos are kept. `"dynamic"`: as they are computed, on the device that does.
+            `"quantized"`: in 8 bits, half the memory for an error of about a hundredth in what the cross-attention
+            reads. `"offloaded"`: in the host's memory, and brought to the device a layer at a time, ahead of use, for
+            every token that is generated. `"offloaded_quantized"`: both.
+
+    Attributes:
+        is_video_offloaded (`bool`): Whether the videos are kept in the host's memory.
+        videos (`list[list[VambaVideoLayer]]`): The videos, and of each its decoder layers.
+        rows (`list[int | None]`, *optional*):
+            Index in `videos` of the video that each row of the batch reads, `None` for a row without one. Unset until
+            a batch of text has met the cache.
+        is_read (`bool`): Whether a layer has read the videos since this was last set to `False`.
+    """
+
+    def __new__(cls, config: PreTrainedConfig | None = None, text_cache: Cache | None = None, *args, **kwargs):
+        return super().__new__(VambaStaticCache if isinstance(text_cache, StaticCache) else cls)
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        text_cache: Cache | None = None,
+        video_cache_implementation: str | None = None,
+    ):
+        self.video_cache_implementation = video_cache_implementation or "dynamic"
+        self._video_layer_class, self.is_video_offloaded = resolve_implementation(self.video_cache_implementation)
+        text_config = config.get_text_config(decoder=True)
+        text_cache = DynamicCache(config=text_config) if text_cache is None else text_cache
+        offloading = {"offloading": text_cache.offloading}
+        if text_cache.offloading:
+            offloading["offload_only_non_sliding"] = text_cache.only_non_sliding
+        if text_cache.layer_class_to_replicate is not None:
+            Cache.__init__(self, layer_class_to_replicate=text_cache.layer_class_to_replicate, **offloading)
+            self.layers = text_cache.layers
+        else:
+            Cache.__init__(self, layers=text_cache.layers, **offloading)
+        self.config = text_config
+        self.videos: list[list[VambaVideoLayer]] = []
+        self.rows: list[int | None] | None = None
+        self.is_read = False
+
+    def __repr__(self):
+        return f"{type(self).__name__}(layers={self.layers}, video_lengths={self.video_lengths}, rows={self.rows})"
+
+    @property
+    def video_lengths(self) -> list[int]:
+        """The number of tokens of each video."""
+        return [video[0].get_seq_length() for video in self.videos]
+
+    @property
+    def max_cache_len(self) -> int:
+        """
+        The most text that the cache holds, as `get_max_length`; asked by PEFT's prefix tuning alone, which then puts a
+        cache of its own in the place of this one.
+
+        Raises:
+            AttributeError: where there are videos, which would be lost.
+        """
+        if self.videos:
+            raise AttributeError(
+                "`generate` with prefix tuning would replace the cache and lose its videos. Use another adapter "
+                "(LoRA, prompt tuning), or generate about text alone."
+            )
+        return self.get_max_length()
+
+    def add_video(self) -> int:
+        """Makes room for one more video and returns its index in `videos`."""
+        self.videos.append(
+            [self._video_layer_class(self.is_video_offloaded) for _ in range(self.config.num_hidden_layers)]
+        )
+        return len(self.videos) - 1
+
+    @contextmanager
+    def keeping_videos(self) -> Iterator[None]:
+        """A block of code that adds and extends videos: where it fails or is interrupted, they are as before."""
+        held = [[(layer.get_seq_length(), layer.mixer_state) for layer in video] for video in self.videos]
+        try:
+            yield
+        except BaseException:
+            del self.videos[len(held) :]
+            for video, states in zip(self.videos, held):
+                for layer, state in zip(video, states):
+                    layer.crop(*state)
+            raise
+
+    def read_videos(
+        self, layer_idx: int, rows: list[int | None]
+    ) -> list[tuple[torch.Tensor | QuantizedStates, torch.Tensor | QuantizedStates] | None]:
+        """
+        The keys and values of each video in one decoder layer, or `None` of a video that none of the rows reads. Those
+        of the next layer begin to come to the device, where they are offloaded.
+        """
+        self.is_read = True
+        is_read = [video in rows for video in range(len(self.videos))]
+        states = [video[layer_idx].read() if read else None for video, read in zip(self.videos, is_read)]
+        for video in itertools.compress(self.videos, is_read):
+            video[(layer_idx + 1) % len(video)].prefetch()
+        return states
+
+    def resolve_rows(self, batch_size: int) -> list[int | None]:
+        """
+        The video that each row of a batch reads: as `rows` says; else every row the only video, or each its own.
+
+        Raises:
+            ValueError: where the rows of the batch cannot be matched with the cache.
+        """
+        if self.rows is not None:
+            if len(self.rows) != batch_size:
+                raise ValueError(f"The cache was filled by {len(self.rows)} rows and is now read by {batch_size}.")
+            if not set(self.rows) <= {None, *range(len(self.videos))}:
+                raise ValueError(f"`cache.rows` is {self.rows}, but the cache holds {len(self.videos)} videos.")
+            return self.rows
+        if len(self.videos) <= 1:
+            return [0 if self.videos else None] * batch_size
+        if len(self.videos) != batch_size:
+            raise ValueError(
+                f"The cache holds {len(self.videos)} videos and is read by {batch_size} rows: give as many rows as "
+                "videos, one video for all rows, or set `cache.rows`."
+            )
+        return list(range(batch_size))
+
+    def mark_static_videos(self) -> None:
+        """Tells `torch.compile` that the videos stay where they are: CUDA graphs then read them in place."""
+        for layer in itertools.chain(*self.videos):
+            for tensor in layer.state_dict().values():
+                torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def check_video_cache_implementation(self, asked: str | None) -> None:
+        """Raises a `ValueError` unless the videos are kept in the way that is asked for, if one is."""
+        if asked is not None and asked != self.video_cache_implementation:
+            raise ValueError(
+                f"`video_cache_implementation` is {asked!r}, but the cache given as `cache` keeps its "
+                f"videos {self.video_cache_implementation!r}. Leave it out, or make the cache with "
+                f"`VambaCache(model.config, video_cache_implementation={asked!r})`."
+            )
+
+    def check_fits(self, config: PreTrainedConfig) -> None:
+        """Raises a `ValueError` unless a decoder of this configuration can read and continue the videos."""
+        wrong = [
+            f"{name} {getattr(self.config, name)} instead of {getattr(config, name)}"
+            for name in _FIELDS_THAT_FIT
+            if getattr(self.config, name) != getattr(config, name)
+        ]
+        if wrong:
+            raise ValueError(f"The cache is of another model: it has {', '.join(wrong)}.")
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """
+        Writes the videos to a folder: a `cache_config.json`, and a safetensors file a decoder layer. The text that has
+        been read is not kept. Videos saved there before are replaced once all is written.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder, made where it is missing.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = None if self.rows is not None and set(self.rows) == {0} else self.rows
+        content = {
+            "num_videos": len(self.videos),
+            "rows": rows,
+            "video_cache_implementation": self.video_cache_implementation,
+            "text_config": self.config.to_dict(),
+        }
+        # What is there already may be what this cache reads, and stays whole until the last file is written.
+        with TemporaryDirectory(dir=folder, prefix=".saving-") as new_folder:
+            for layer_idx, layers in enumerate(zip(*self.videos)):
+                tensors = {
+                    f"{video}.{name}": tensor.contiguous()
+                    for video, layer in enumerate(layers)
+                    for name, tensor in layer.state_dict().items()
+                }
+                save_file(tensors, Path(new_folder) / f"layer-{layer_idx:05d}.safetensors")
+            (Path(new_folder) / CACHE_CONFIG_NAME).write_text(json.dumps(content, indent=2, default=str) + "\n")
+            for path in Path(new_folder).iterdir():
+                path.replace(folder / path.name)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        save_directory: str | os.PathLike,
+        device: torch.device | str = "cpu",
+        video_cache_implementation: str | None = None,
+    ) -> "VambaCache":
+        """
+        Reads what [`~VambaCache.save_pretrained`] has written, by memory map, straight to a device. Whether a model
+        fits is checked when it first reads the cache.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where the tensors go.
+            video_cache_implementation (`str`, *optional*):
+                How the videos are kept, see [`VambaCache`]; by default as they were when they were saved.
+
+        Raises:
+            `FileNotFoundError`: where there is no such folder, or one without a processed video.
+            `ValueError`: for a file that is damaged.
+        """
+        folder = Path(save_directory)
+        if not (folder / CACHE_CONFIG_NAME).is_file():
+            raise FileNotFoundError(f"Expected a folder with a {CACHE_CONFIG_NAME}, got {str(folder)!r}.")
+        content = json.loads((folder / CACHE_CONFIG_NAME).read_text())
+        saved_as = content["video_cache_implementation"]
+        cache = cls(
+            VambaTextConfig(**content["text_config"]),
+            video_cache_implementation=video_cache_implementation or saved_as,
+        )
+        layer_class, offloading = cache._video_layer_class, cache.is_video_offloaded
+        saved_class, _ = resolve_implementation(saved_as)
+        device = torch.device(device)
+        cache.videos = [[] for _ in range(content["num_videos"])]
+        cache.rows = content["rows"]
+        for layer_idx in range(cache.config.num_hidden_layers if cache.videos else 0):
+            path = folder / f"layer-{layer_idx:05d}.safetensors"
+            try:
+                tensors = load_file(path, device="cpu" if offloading else str(device))
+                for video, layers in enumerate(cache.videos):
+                    prefix = f"{video}."
+                    states = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+                    layer = saved_class(offloading)
+                    layer.load_state_dict(states, device)
+                    layers.append(layer if saved_class is layer_class else layer_class.convert(layer, offloading))
+            except (SafetensorError, KeyError) as error:
+                raise ValueError(f"The processed video is damaged: {str(path)!r} ({error}).") from error
+        return cache
+
+    def fork(self) -> "VambaCache":
+        """
+        A cache that shares the videos (not a byte is copied) and has a text of its own, so that several questions can
+        be asked about one video, and a stream can go on while a question is answered.
+        """
+        fork = copy.copy(self)
+        # A dynamic layer never writes into a tensor that it holds; a static one does.
+        fork.layers = [copy.deepcopy(layer) if layer.is_compileable else copy.copy(layer) for layer in self.layers]
+        fork.videos = [[layer.fork() for layer in video] for video in self.videos]
+        fork.rows = None if self.rows is None else list(self.rows)
+        return fork
+
+    def to(self, device: torch.device | str) -> "VambaCache":
+        """
+        Moves the cache to a device, in place, and returns it. Videos that are offloaded stay in the host's memory, and
+        are read on that device from then on.
+        """
+        for layer in self.layers:
+            for name, value in vars(layer).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(layer, name, value.to(device))
+            if layer.is_initialized:
+                layer.device = layer.keys.device
+        for layer in itertools.chain(*self.videos):
+            layer.load_state_dict(layer.state_dict(), torch.device(device))
+        return self
+
+    def reset(self) -> None:
+        """Forgets the text and the videos."""
+        super().reset()
+        self.videos, self.rows = [], None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.rows is not None:
+            self.rows = [row for row in self.rows for _ in range(repeats)]
+
+    def _select_rows(self, indices: torch.Tensor) -> None:
+        # Where all rows read the same video, as beams do, there is nothing to look up on the device.
+        if self.rows is not None and (len(set(self.rows)) > 1 or len(indices) != len(self.rows)):
+            self.rows = [self.rows[index] for index in torch.arange(len(self.rows))[indices.cpu()].tolist()]
+
+
+class VambaStaticCache(VambaCache, StaticCache):
+    """What [`VambaCache`] makes of a [`StaticCache`] for the text, so that `generate` knows it for one."""

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory for tensors that grow by tokens and are never changed: on their device, or in the host's memory."""
+
+import functools
+
+import torch
+
+
+class DeviceStorage:
+    """
+    Tensors of shape `(1, num_heads, num_tokens, size)` on the device that made them. They are written once, into
+    memory that grows ahead of need or is reserved. Where a gradient has to flow into them they are concatenated.
+    """
+
+    def __init__(self):
+        self._states: tuple[torch.Tensor, ...] = ()
+        self._memory: list[torch.Tensor] = []
+        self._reserved = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self._states[0].shape[-2] if self._states else 0
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the last tensor, `None` before there is one."""
+        return self._states[-1].dtype if self._states else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens that are held."""
+        return sum(states.nbytes for states in self._states)
+
+    def reserve(self, num_tokens: int) -> None:
+        """Sizes the memory, once it is allocated, for `num_tokens` more tokens than are held now."""
+        self._reserved = self.num_tokens + num_tokens
+
+    def append(self, states: tuple[torch.Tensor, ...]) -> None:
+        """Writes `(1, num_heads, num_new_tokens, size)` of each tensor behind what is there."""
+        if any(new.requires_grad for new in states):
+            held = self._states or [new[:, :, :0] for new in states]
+            self._states = tuple(torch.cat(pair, dim=-2) for pair in zip(held, states))
+            self._memory = []
+            return
+        start = self.num_tokens
+        end = start + states[0].shape[-2]
+        if not self._memory or self._memory[0].shape[-2] < end:
+            self._grow(states, start, max(end, self._reserved, start + start // 16))
+        for memory, new in zip(self._memory, states):
+            memory[:, :, start:end] = new
+        self._states = tuple(memory[:, :, :end] for memory in self._memory)
+
+    def _grow(self, states: tuple[torch.Tensor, ...], num_tokens: int, capacity: int) -> None:
+        # One tensor at a time is there twice, and should the memory not suffice, each is still there once.
+        grown, self._memory = [], []
+        for i, new in enumerate(states):
+            grown.append(new.new_empty(*new.shape[:2], capacity, new.shape[-1]))
+            if num_tokens:
+                moved = grown[i][:, :, :num_tokens]
+                moved.copy_(self._states[i])
+                self._states = (*self._states[:i], moved, *self._states[i + 1 :])
+        self._memory = grown
+
+    def crop(self, num_tokens: int) -> None:
+        """Drops all but the first tokens."""
+        self._states = tuple(states[:, :, :num_tokens] for states in self._states)
+
+    def read(self) -> tuple[torch.Tensor, ...]:
+        """All tokens of each tensor, as they lie."""
+        return self._states
+
+    save = read
+
+    def load(self, states: tuple[torch.Tensor, ...], device: torch.device) -> None:
+        """Takes over tensors that have been saved."""
+        self._states, self._memory = tuple(tensor.to(device) for tensor in states), []
+
+    def prefetch(self) -> None:
+        """There is nothing to bring."""
+
+    def fork(self) -> "DeviceStorage":
+        """
+        A second view of the same memory. What either appends is not seen by the other: the original goes on in place,
+        the fork copies on its first append.
+        """
+        fork = DeviceStorage()
+        fork._states, fork._reserved = self._states, self._reserved
+        return fork
+
+
+class HostStorage:
+    """
+    As [`DeviceStorage`], in the host's memory (pinned, if the device is a CUDA device), and brought to the device each
+    time it is read: ahead of that, on a stream of its own, after `prefetch`.
+
+    The memory is made of blocks of `tokens_per_block` tokens, one token after the other. So it never has to grow, what
+    is copied is contiguous, and PyTorch's allocator, which rounds pinned memory up to a power of two, wastes little.
+    """
+
+    tokens_per_block = 4096
+
+    def __init__(self):
+        self.num_tokens = 0
+        self._device: torch.device | None = None
+        self._blocks: list[list[torch.Tensor]] = []  # of each tensor `(tokens_per_block, num_heads, size)`
+        self._shares_last_block = False
+        self._fetched: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def _is_pinned(self) -> bool:
+        return self._device is not None and self._device.type == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the last tensor, `None` before there is one."""
+        return self._blocks[0][-1].dtype if self._blocks else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens that are held."""
+        return sum(memory[0].nbytes for block in self._blocks[:1] for memory in block) * self.num_tokens
+
+    def reserve(self, num_tokens: int) -> None:
+        """There is no need to."""
+
+    def append(self, states: tuple[torch.Tensor, ...]) -> None:
+        """Writes `(1, num_heads, num_new_tokens, size)` of each tensor behind what is there."""
+        self._device = self._device or states[0].device
+        self._fetched = None
+        states = tuple(new[0].transpose(0, 1).contiguous() for new in states)
+        start, num_new_tokens = 0, len(states[0])
+        while start < num_new_tokens:
+            filled = self.num_tokens % self.tokens_per_block
+            if filled == 0:
+                self._blocks.append([self._new_block(new) for new in states])
+            elif self._shares_last_block:
+                self._wait()
+                self._blocks[-1] = [self._new_block(memory).copy_(memory) for memory in self._blocks[-1]]
+            self._shares_last_block = False
+            length = min(self.tokens_per_block - filled, num_new_tokens - start)
+            for memory, new in zip(self._blocks[-1], states):
+                memory[filled : filled + length].copy_(new[start : start + length], non_blocking=self._is_pinned)
+            start += length
+            self.num_tokens += length
+
+    def crop(self, num_tokens: int) -> None:
+        """Drops all but the first tokens."""
+        self._fetched = None
+        self.num_tokens = num_tokens
+        del self._blocks[-(-num_tokens // self.tokens_per_block) :]
+
+    def _new_block(self, states: torch.Tensor) -> torch.Tensor:
+        shape = (self.tokens_per_block, *states.shape[1:])
+        return torch.empty(shape, dtype=states.dtype, pin_memory=self._is_pinned)
+
+    def read(self) -> tuple[torch.Tensor, ...]:
+        """All tokens of each tensor, on the device. Nothing is kept of them there."""
+        if self._fetched is None:
+            return self._fetch()
+        if self._is_pinned:
+            torch.cuda.current_stream(self._device).wait_stream(copy_stream(self._device))
+        fetched, self._fetched = self._fetched, None
+        return fetched
+
+    def prefetch(self) -> None:
+        """Begins to bring all tokens to the device, for the next `read`."""
+        if self._fetched is not None or self._device is None:
+            return
+        if not self._is_pinned:
+            self._fetched = self._fetch()
+            return
+        # What has been written is on its way to the host, and what has been read before may still be in use in memory
+        # that is taken again.
+        stream = copy_stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            self._fetched = self._fetch()
+
+    def _fetch(self) -> tuple[torch.Tensor, ...]:
+        fetched = []
+        for blocks in zip(*self._blocks):
+            states = blocks[0].new_empty(self.num_tokens, *blocks[0].shape[1:], device=self._device)
+            for piece, block in zip(states.split(self.tokens_per_block), blocks):
+                piece.copy_(block[: len(piece)], non_blocking=self._is_pinned)
+            fetched.append(states.transpose(0, 1)[None])
+        return tuple(fetched)
+
+    def save(self) -> tuple[torch.Tensor, ...]:
+        """All tokens of each tensor, in the host's memory."""
+        self._wait()
+        return tuple(torch.cat(blocks)[: self.num_tokens].transpose(0, 1)[None] for blocks in zip(*self._blocks))
+
+    def load(self, states: tuple[torch.Tensor, ...], device: torch.device) -> None:
+        """Takes over tensors that have been saved."""
+        self._wait()
+        self.__init__()
+        self._device = device
+        self.append(states)
+
+    def _wait(self) -> None:
+        # What the device writes to pinned memory is there once it has done so.
+        if self._is_pinned:
+            torch.cuda.synchronize(self._device)
+
+    def fork(self) -> "HostStorage":
+        """A second view of the same memory: a fork that appends copies no more than the last block."""
+        fork = HostStorage()
+        fork.num_tokens, fork._device, fork._blocks = self.num_tokens, self._device, list(self._blocks)
+        fork._shares_last_block = True
+        return fork
+
+
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which tensors go between a CUDA device and the host, beside the computation."""
+    return torch.cuda.Stream(device)

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many tokens a video has, and how much memory it takes to ask about it, before anything is loaded or run."""
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import requires_backends
+from transformers.video_utils import VideoMetadata
+
+from ..cache.layers import VambaQuantizedVideoLayer, resolve_implementation
+from ..configuration_vamba import VambaConfig, VambaTextConfig
+from ..inputs.media import count_patch_values
+from ..modeling_vamba import VambaForConditionalGeneration
+from ..video.reading import count_frames, describe_stream, errors_of, open_video
+from ..video.segments import check_exists, complete_kwargs, open_source
+from ..video_processing_vamba import VambaVideoProcessor, whole_patches
+
+
+# What a measured peak has above the tensors that are counted here: the workspace of cuBLAS and of the attention
+# kernels, and the rounding of PyTorch's allocator.
+LIBRARY_WORKSPACE = 2**27
+
+
+@dataclass(frozen=True)
+class VambaForecast:
+    """
+    What it takes to encode a video and to ask about it. All sizes are in bytes.
+
+    Args:
+        num_frames (`int`): Frames that are sampled.
+        video_grid_thw (`tuple[int, int, int]`): The grid of the video, in patches.
+        num_video_tokens (`int`): Tokens of the video.
+        weights (`int`): The model.
+        video_cache (`int`): Keys and values of the video, wherever they are kept.
+        host_memory (`int`): The part of them that is kept in the host's memory.
+        text_cache (`int`): Keys and values of the text.
+        encoding (`int`): The most that the device holds beside the weights while the video is encoded.
+        answering (`int`): The most that it holds beside them while questions are answered.
+    """
+
+    num_frames: int
+    video_grid_thw: tuple[int, int, int]
+    num_video_tokens: int
+    weights: int
+    video_cache: int
+    host_memory: int
+    text_cache: int
+    encoding: int
+    answering: int
+
+    @property
+    def peak(self) -> int:
+        """The most memory that is allocated on the device at any time."""
+        return self.weights + max(self.encoding, self.answering)
+
+    def __str__(self):
+        peak, weights, encoding, answering, video_cache = map(
+            format_bytes, (self.peak, self.weights, self.encoding, self.answering, self.video_cache)
+        )
+        where = " of the host's memory" if self.host_memory else ""
+        return (
+            f"{self.num_frames:,} frames, {self.num_video_tokens:,} video tokens, at most {peak}: weights {weights}, "
+            f"and beside them {encoding} while encoding and {answering} while answering. The video's keys and values "
+            f"take {video_cache}{where}"
+        )
+
+
+def format_bytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def forecast_memory(
+    model: VambaConfig | VambaForConditionalGeneration,
+    processor,
+    video,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    segment_frames: int = 64,
+    video_cache_implementation: str | None = None,
+    dtype: torch.dtype | None = None,
+    weight_bits: int | None = None,
+    batch_size: int = 1,
+    num_text_tokens: int = 128,
+    max_new_tokens: int = 128,
+    **videos_kwargs,
+) -> VambaForecast:
+    """
+    Forecasts the tokens of a video and the peak of the memory allocated on a CUDA device, with the kernels of
+    `mamba-ssm` and `causal-conv1d`, while `iter_video_segments` and `encode_video` (or `generate`, with pixel values
+    in the host's memory) encode it and questions are answered. No frame is decoded and no weight is loaded.
+
+    Args:
+        model ([`VambaConfig`] or [`VambaForConditionalGeneration`]):
+            The model, which may be quantized, or on the meta device, or its configuration.
+        processor ([`VambaProcessor`] or [`VambaVideoProcessor`]): Says which frames are sampled, and of which size.
+        video (`str`, `os.PathLike`, `BinaryIO` or [`~transformers.video_utils.VideoMetadata`]):
+            A file or URL, or what is known of a video: its number of frames (`total_num_frames`), the rate (`fps`,
+            where frames are sampled by rate), `height` and `width`.
+        num_frames (`int`, *optional*), fps (`float`, *optional*):
+            How many frames to sample, or how many a second. By default as the video processor is set.
+        segment_frames (`int`, *optional*, defaults to 64): Frames that are encoded at a time.
+        video_cache_implementation (`str`, *optional*): How the video is kept, see [`VambaCache`].
+        dtype (`torch.dtype`, *optional*):
+            Of weights and activations. By default the model's, or that of the configuration, or bfloat16.
+        weight_bits (`int`, *optional*):
+            8 or 4: the linear layers except `lm_head` are loaded in so many bits, as bitsandbytes does. Of a model
+            that is loaded the weights are counted as they are.
+        batch_size (`int`, *optional*, defaults to 1): Questions that are answered at once, or beams.
+        num_text_tokens (`int`, *optional*, defaults to 128): Tokens of the longest question.
+        max_new_tokens (`int`, *optional*, defaults to 128): Tokens of the longest answer.
+        **videos_kwargs: Further arguments of the video processor, such as `size`.
+
+    Raises:
+        `FileNotFoundError`: for a path without a file.
+        `ValueError`: for a file that is no video, a live source, whose length is not known, and options that do not
+            exist.
+    """
+    if not isinstance(model, (VambaConfig, VambaForConditionalGeneration)):
+        raise TypeError(f"`model` must be a VambaConfig or a Vamba model, got {type(model).__name__}.")
+    layer_class, offloading = resolve_implementation(video_cache_implementation or "dynamic")
+    if weight_bits not in (None, 4, 8):
+        raise ValueError(f"`weight_bits` must be 4 or 8, got {weight_bits!r}.")
+    for name, value in (("segment_frames", segment_frames), ("batch_size", batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+    config = model.config if isinstance(model, PreTrainedModel) else model
+    dtype = dtype or getattr(model, "dtype", None) or torch.bfloat16
+    sampling = {name: value for name, value in (("num_frames", num_frames), ("fps", fps)) if value is not None}
+    num_frames, grid = measure_video(getattr(processor, "video_processor", processor), video, sampling | videos_kwargs)
+
+    num_tokens = math.prod(grid) // config.vision_config.spatial_merge_size**2
+    text_config = config.text_config
+    is_quantized = issubclass(layer_class, VambaQuantizedVideoLayer)
+    video_layer = num_tokens * cache_bytes_per_token(text_config, dtype, is_quantized)
+    video_cache = text_config.num_hidden_layers * video_layer
+    text_layer = batch_size * (num_text_tokens + max_new_tokens) * cache_bytes_per_token(text_config, dtype, False)
+    text_cache = text_config.num_hidden_layers * text_layer
+    cache_on_device = (0 if offloading else video_cache) + mixer_state_bytes(text_config, dtype)
+
+    answering = cache_on_device + text_cache
+    answering += batch_size * num_text_tokens * text_bytes_per_token(text_config, dtype)
+    if offloading:  # the layer that is read is on the device, and the next one
+        answering += 2 * video_layer
+    if is_quantized:  # a head of one layer is brought back to full size
+        head = cache_bytes_per_token(text_config, dtype, False) // text_config.num_key_value_heads
+        answering += num_tokens * head
+    return VambaForecast(
+        num_frames=num_frames,
+        video_grid_thw=grid,
+        num_video_tokens=num_tokens,
+        weights=weight_bytes(model, dtype, weight_bits),
+        video_cache=video_cache,
+        host_memory=video_cache if offloading else 0,
+        text_cache=text_cache,
+        encoding=encoding_bytes(config, dtype, grid, segment_frames, cache_on_device) + LIBRARY_WORKSPACE,
+        answering=answering + LIBRARY_WORKSPACE,
+    )
+
+
+def encoding_bytes(
+    config: VambaConfig, dtype: torch.dtype, grid: tuple[int, int, int], segment_frames: int, cache_on_device: int
+) -> int:
+    """The most that cache and activations take together while a video of this grid is encoded by segments."""
+    num_steps, height, width = grid
+    steps_at_once = min(num_steps, max(1, segment_frames // config.vision_config.temporal_patch_size))
+    num_patches = steps_at_once * height * width
+    seeing = num_patches * vision_bytes_per_patch(config, dtype)
+    num_tokens = num_patches // config.vision_config.spatial_merge_size**2
+    mixing = num_tokens * mixer_bytes_per_token(config.text_config, dtype)
+    # The first segment passes through the vision tower before there is a cache.
+    cache_while_seeing = cache_on_device if steps_at_once < num_steps else 0
+    return max(cache_while_seeing + seeing, cache_on_device + mixing)
+
+
+def measure_video(
+    video_processor: VambaVideoProcessor, video, videos_kwargs: dict
+) -> tuple[int, tuple[int, int, int]]:
+    """The number of frames that are sampled of a video, and its grid in patches."""
+    kwargs = complete_kwargs(video_processor, videos_kwargs)
+    if isinstance(video, VideoMetadata):
+        metadata = video
+        missing = [name for name in ("total_num_frames", "height", "width") if not getattr(metadata, name)]
+        if missing:
+            raise ValueError(f"A video is described by its `total_num_frames`, `height` and `width`; got {metadata}.")
+    else:
+        requires_backends(video_processor, ["av"])
+        video = os.fspath(video) if isinstance(video, os.PathLike) else video
+        if not (isinstance(video, str) or hasattr(video, "read")):
+            raise TypeError(
+                "`video` must be a path, a URL, an open binary file or a VideoMetadata, which describes frames "
+                f"in memory as well, got {type(video).__name__}."
+            )
+        check_exists(video)
+        with errors_of(video), open_source(video) as file:
+            if not file.seekable():
+                raise ValueError("the length of a live source is not known; describe the video by a VideoMetadata")
+            found, missing = count_frames(file)
+            with open_video(file) as container:
+                metadata = describe_stream(container.streams.video[0], found + missing)
+    num_frames = metadata.total_num_frames
+    if kwargs["do_sample_frames"]:
+        num_frames = len(video_processor.sample_frames(**{**kwargs, "metadata": metadata}))
+    height, width = metadata.height, metadata.width
+    if kwargs["do_resize"]:
+        height, width = video_processor.get_resized_sizes(height, width, **videos_kwargs)[-1]
+    step, patch_size = kwargs["temporal_patch_size"], kwargs["patch_size"]
+    return whole_patches(num_frames, step), (max(num_frames // step, 1), height // patch_size, width // patch_size)
+
+
+def weight_bytes(model: VambaConfig | nn.Module, dtype: torch.dtype, weight_bits: int | None) -> int:
+    """Bytes of a model's weights: as they are if it is loaded, otherwise as they would be in `dtype`."""
+    if not isinstance(model, nn.Module):
+        with torch.device("meta"):
+            model = VambaForConditionalGeneration(model)
+    elif model.device.type != "meta":
+        if weight_bits is not None:
+            raise ValueError("`weight_bits` is for a model that is yet to be loaded; this one is counted as it is.")
+        return model.get_memory_footprint()
+    # bitsandbytes in 4 bits keeps a float32 scale for every 64 weights.
+    quantized_size = {None: dtype.itemsize, 8: 1, 4: 0.5 + 4 / 64}[weight_bits]
+    head = model.get_output_embeddings()
+    linear_weights = {
+        module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head
+    }
+    return int(
+        sum(
+            parameter.numel() * (quantized_size if parameter in linear_weights else dtype.itemsize)
+            for parameter in model.parameters()
+        )
+    )
+
+
+def cache_bytes_per_token(config: VambaTextConfig, dtype: torch.dtype, is_quantized: bool) -> int:
+    """Bytes of the keys and values of a token in one decoder layer."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    bytes_per_head = head_dim + dtype.itemsize if is_quantized else head_dim * dtype.itemsize  # a scale a head
+    return 2 * config.num_key_value_heads * bytes_per_head
+
+
+def mixer_state_bytes(config: VambaTextConfig, dtype: torch.dtype) -> int:
+    """Bytes of the states of all mixers, whatever the length of the video. The last layer's mixer does not run."""
+    inner_size = config.mamba_expand * config.hidden_size
+    conv_dim = inner_size + 2 * config.mamba_n_groups * config.mamba_d_state
+    per_layer = (config.mamba_d_conv - 1) * conv_dim * dtype.itemsize + inner_size * config.mamba_d_state * 4
+    return (config.num_hidden_layers - 1) * per_layer
+
+
+def vision_bytes_per_patch(config: VambaConfig, dtype: torch.dtype) -> int:
+    """
+    The most that lives at once in a block of the vision tower, a patch: in the MLP what has entered the block, the
+    residual, its norm, and the intermediate states before and after the activation; in the attention, should that be
+    more, what has entered the block, its norm, query, key and value, rotated query and key, and what comes out. Beside
+    them are the pixels, as they come (float32) and in `dtype`, and the float32 cosines and sines of the positions.
+    """
+    vision_config = config.vision_config
+    width = vision_config.embed_dim
+    mlp = 3 * width + 2 * int(width * vision_config.mlp_ratio)
+    attention = 8 * width
+    pixels = count_patch_values(vision_config)
+    positions = 2 * width // vision_config.num_heads
+    pixel_size = 4 if dtype == torch.float32 else 4 + dtype.itemsize
+    return max(mlp, attention) * dtype.itemsize + pixels * pixel_size + positions * 4
+
+
+def mixer_bytes_per_token(config: VambaTextConfig, dtype: torch.dtype) -> int:
+    """
+    The most that lives at once in a mixer, a token, which is when the scan writes its output: residual and norm, what
+    `in_proj` gives (gate, convolution inputs and time steps), the convolution's output, time steps in float32
+    (three times), the state of each chunk and the output.
+    """
+    inner_size = config.mamba_expand * config.hidden_size
+    conv_dim = inner_size + 2 * config.mamba_n_groups * config.mamba_d_state
+    num_heads = inner_size // config.mamba_d_head
+    projected = inner_size + conv_dim + num_heads
+    chunk_states = inner_size * config.mamba_d_state // config.mamba_chunk_size
+    per_token = 2 * config.hidden_size + projected + conv_dim + chunk_states + inner_size
+    return per_token * dtype.itemsize + 3 * num_heads * 4 + config.mamba_n_groups * config.mamba_chunk_size * 4
+
+
+def text_bytes_per_token(config: VambaTextConfig, dtype: torch.dtype) -> int:
+    """
+    The most that lives at once in a decoder layer, a token of text, which is in the MLP: the embedding, what has
+    entered the layer, what the attention has given and added up to, its norm, what comes out, and three times the
+    intermediate states.
+    """
+    return (6 * config.hidden_size + 3 * config.intermediate_size) * dtype.itemsize

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`generate` for a model whose videos are encoded once, into the cache, before anything is repeated."""
+
+import functools
+
+import transformers
+from transformers.generation import GenerationMixin
+
+from ..cache.cache import VambaCache
+from ..compat import CACHE_NAME, NEWEST_TESTED, OLDEST_TESTED, rename_cache
+from ..inputs.checks import check_prompt_goes_on
+from ..inputs.media import group_media_by_row, pop_media
+
+
+# Arguments of `generate` that it reads itself, and hands on with those of `forward`.
+_READ_BY_GENERATE = ("tokenizer", "assistant_tokenizer")
+
+
+class VambaGenerationMixin(GenerationMixin):
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        return super().generate(*args, **rename_cache(kwargs))
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **rename_cache(kwargs))
+        for name in _READ_BY_GENERATE:
+            inputs.pop(name, None)
+        # `forward` takes the cache under either name, and PEFT's prompt learning (0.21) looks for the older one.
+        return rename_cache(inputs, "past_key_values")
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        # An answer from another cache than this would be nonsense, without a word.
+        cache = model_kwargs.get(CACHE_NAME)
+        has_videos = isinstance(cache, VambaCache) and any(row is not None for row in cache.rows or ())
+        if has_videos:
+            cache.is_read = False
+        outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        if has_videos and not cache.is_read:
+            raise RuntimeError(
+                f"The decoder has not read the videos of the cache that `generate` prepared as `{CACHE_NAME}`: this "
+                f"version of Transformers ({transformers.__version__}) hands it on in another way. Install "
+                f"Transformers {OLDEST_TESTED} to {NEWEST_TESTED}."
+            )
+        return outputs
+
+    def _expand_inputs_for_generation(self, *args, **model_kwargs):
+        # Beams and samples share their images and videos, which go into the cache before anything is repeated.
+        media = pop_media(model_kwargs)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(*args, **model_kwargs)
+        return input_ids, model_kwargs | media
+
+    def _validate_model_kwargs(self, model_kwargs):
+        model_kwargs.pop("video_cache_implementation", None)  # for the cache, not for `forward`
+        super()._validate_model_kwargs(model_kwargs)
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        # Bringing videos from the host's memory cannot be part of a CUDA graph, and takes longer than one would save.
+        cache = model_kwargs.get(CACHE_NAME)
+        is_offloaded = isinstance(cache, VambaCache) and cache.is_video_offloaded
+        return not is_offloaded and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        encoded = model_kwargs.get(CACHE_NAME)
+        implementation = model_kwargs.pop("video_cache_implementation", None)
+        # Where the mask is all ones, Transformers drops it and notes its length.
+        mask = model_kwargs.get("attention_mask")
+        length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+        past_length = 0
+        if isinstance(encoded, VambaCache):
+            past_length = encoded.get_seq_length()
+            check_prompt_goes_on(past_length, length)
+            encoded.check_video_cache_implementation(implementation)
+            implementation = encoded.video_cache_implementation
+            if past_length == 0 and generation_config.cache_implementation is not None:
+                # A cache with videos alone leaves open which kind of cache the text gets.
+                del model_kwargs[CACHE_NAME]
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        media_inputs = pop_media(model_kwargs)
+        media = group_media_by_row(batch_size, self.config.vision_config, **media_inputs)
+        marks = media_inputs.get("mm_token_type_ids")
+        if past_length and marks is not None:
+            # The prompt of a conversation that goes on brings the media of its earlier turns, which the cache holds.
+            start = 0 if length is None else length - marks.shape[1]  # it may bring the new tokens alone
+            num_held = marks[:, : max(past_length - start, 0)].count_nonzero(dim=1).tolist()
+            media = [row_media[num:] for row_media, num in zip(media, num_held)]
+        cache = model_kwargs.get(CACHE_NAME)
+        if cache is None and not any(media):
+            return
+        if not isinstance(cache, VambaCache):
+            cache = VambaCache(self.config, cache, implementation)
+            if isinstance(encoded, VambaCache):
+                cache.videos, cache.rows = encoded.videos, encoded.rows
+        self.model.encode_media(media, cache)
+        num_copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        cache.rows = [row for row in cache.rows for _ in range(num_copies)]
+        if cache.is_compileable and not cache.is_video_offloaded:
+            cache.mark_static_videos()
+        model_kwargs[CACHE_NAME] = cache

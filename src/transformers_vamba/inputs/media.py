@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images and videos as `forward` gets them, checked and brought into order row by row."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+
+from .checks import check_tensor
+
+
+# One image or video: pixel values of shape `(t * h * w, channels * temporal_patch_size * patch_size**2)`, and its grid
+# `(t, h, w)` in patches.
+Medium = tuple[torch.Tensor, tuple[int, int, int]]
+
+# The inputs of `forward` that describe images and videos.
+MEDIA_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "image_sample_ids",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "video_sample_ids",
+    "mm_token_type_ids",
+)
+
+
+def pop_media(model_kwargs: dict) -> dict:
+    """Takes the inputs that describe images and videos out of the arguments of `generate`."""
+    return {name: model_kwargs.pop(name) for name in MEDIA_INPUTS if name in model_kwargs}
+
+
+def count_patch_values(vision_config: Qwen2VLVisionConfig) -> int:
+    """The number of pixel values in a patch, `patch_dim`."""
+    return vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
+
+
+def count_tokens(media: list[Medium], merge_size: int) -> int:
+    """The number of tokens that the vision tower makes of images and videos."""
+    return sum(math.prod(grid) for _, grid in media) // merge_size**2
+
+
+def group_media_by_row(
+    batch_size: int,
+    vision_config: Qwen2VLVisionConfig,
+    pixel_values: torch.Tensor | None = None,
+    image_grid_thw: torch.Tensor | None = None,
+    image_sample_ids: torch.Tensor | None = None,
+    pixel_values_videos: torch.Tensor | None = None,
+    video_grid_thw: torch.Tensor | None = None,
+    video_sample_ids: torch.Tensor | None = None,
+    mm_token_type_ids: torch.Tensor | None = None,
+) -> list[list[Medium]]:
+    """
+    The images and videos of each row, in the order of the prompt.
+
+    Args:
+        batch_size (`int`): Number of rows.
+        vision_config ([`Qwen2VLVisionConfig`]): Says how large a patch is, and how many are merged.
+        pixel_values (`torch.Tensor` of shape `(num_patches, patch_dim)`, *optional*): Patches of all images.
+        image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*): Grid of each image, in patches.
+        image_sample_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*): The row of each image.
+        pixel_values_videos, video_grid_thw, video_sample_ids: The same of videos.
+        mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            1 where the prompt has an image, 2 where it has a video. Without it a row's images come before its videos.
+
+    Raises:
+        TypeError: for an input that is no tensor, or one of another kind.
+        ValueError: where the inputs contradict one another, naming both sides.
+    """
+    if mm_token_type_ids is not None:
+        check_tensor("mm_token_type_ids", mm_token_type_ids, False, (batch_size, "sequence_length"))
+        image_sample_ids = _restore_rows(image_sample_ids, image_grid_thw, mm_token_type_ids == 1)
+        video_sample_ids = _restore_rows(video_sample_ids, video_grid_thw, mm_token_type_ids == 2)
+    images = _split_by_row(
+        ("pixel_values", "image_grid_thw", "image_sample_ids"),
+        (pixel_values, image_grid_thw, image_sample_ids),
+        batch_size,
+        vision_config,
+    )
+    videos = _split_by_row(
+        ("pixel_values_videos", "video_grid_thw", "video_sample_ids"),
+        (pixel_values_videos, video_grid_thw, video_sample_ids),
+        batch_size,
+        vision_config,
+    )
+    if mm_token_type_ids is None or not (any(images) or any(videos)):
+        return [row_images + row_videos for row_images, row_videos in zip(images, videos)]
+
+    media = []
+    for row, types in enumerate(mm_token_type_ids.tolist()):
+        types = [token_type for token_type in types if token_type]
+        if not set(types) <= {1, 2}:
+            raise ValueError(
+                f"`mm_token_type_ids` must be 0 for text, 1 for an image or 2 for a video, got {sorted(set(types))}."
+            )
+        counts = types.count(1), types.count(2)
+        if types and counts != (len(images[row]), len(videos[row])):
+            raise ValueError(
+                f"The prompt of row {row} has {counts[0]} images and {counts[1]} videos (`mm_token_type_ids`), but "
+                f"{len(images[row])} images and {len(videos[row])} videos are given for it."
+            )
+        queues = {1: iter(images[row]), 2: iter(videos[row])}
+        media.append([next(queues[token_type]) for token_type in types] or images[row] + videos[row])
+    return media
+
+
+def _restore_rows(
+    sample_ids: torch.Tensor | None, grid_thw: torch.Tensor | None, marks: torch.Tensor
+) -> torch.Tensor | None:
+    """The rows of the marks, where `sample_ids` are left out, or are those of single rows put one behind the other."""
+    if grid_thw is None or (sample_ids is not None and sample_ids.any()):
+        return sample_ids
+    rows = marks.nonzero()[:, 0]
+    return rows if len(rows) == len(grid_thw) else sample_ids
+
+
+def _split_by_row(
+    names: tuple[str, str, str],
+    tensors: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    batch_size: int,
+    vision_config: Qwen2VLVisionConfig,
+) -> list[list[Medium]]:
+    """The media of one kind, by row."""
+    pixels_name, grid_name, ids_name = names
+    pixel_values, grid_thw, sample_ids = tensors
+    rows: list[list[Medium]] = [[] for _ in range(batch_size)]
+    if pixel_values is None and grid_thw is None:
+        if sample_ids is not None:
+            raise ValueError(f"`{ids_name}` was given without `{grid_name}`; the two go together.")
+        return rows
+    if pixel_values is None or grid_thw is None:
+        given, missing = (pixels_name, grid_name) if grid_thw is None else (grid_name, pixels_name)
+        raise ValueError(f"`{given}` was given without `{missing}`; the two go together.")
+    merge_size = vision_config.spatial_merge_size
+    patch_dim = count_patch_values(vision_config)
+    check_tensor(grid_name, grid_thw, False, ("number of media", 3))
+    check_tensor(pixels_name, pixel_values, True, ("num_patches", patch_dim))
+    grids = [tuple(grid) for grid in grid_thw.tolist()]
+    for grid in grids:
+        if min(grid) < 1 or grid[1] % merge_size or grid[2] % merge_size:
+            raise ValueError(
+                f"`{grid_name}` has an entry {list(grid)}; frames, height and width must be at least 1, and height "
+                f"and width multiples of the merge size {merge_size}."
+            )
+    num_patches = [math.prod(grid) for grid in grids]
+    if pixel_values.shape[0] != sum(num_patches):
+        raise ValueError(
+            f"`{pixels_name}` must have shape ({sum(num_patches)}, {patch_dim}) to match `{grid_name}`, got "
+            f"{tuple(pixel_values.shape)}."
+        )
+
+    if sample_ids is not None:
+        check_tensor(ids_name, sample_ids, False, ("number of media",))
+        sample_ids = sample_ids.tolist()
+        if len(sample_ids) != len(grids):
+            raise ValueError(f"`{ids_name}` has {len(sample_ids)} entries for the {len(grids)} of `{grid_name}`.")
+        if sample_ids and not 0 <= min(sample_ids) <= max(sample_ids) < batch_size:
+            raise ValueError(
+                f"`{ids_name}` must lie in 0..{batch_size - 1}, the rows of the batch; got {sample_ids}. (Samples "
+                "packed in one row are told apart by `position_ids` that start anew; no `attention_mask`, no cache.)"
+            )
+    elif batch_size == 1:
+        sample_ids = [0] * len(grids)
+    elif len(grids) == batch_size:
+        sample_ids = range(batch_size)
+    else:
+        raise ValueError(
+            f"`{grid_name}` describes {len(grids)} media for {batch_size} rows: say with `{ids_name}` which row each "
+            "belongs to."
+        )
+    for pixels, grid, row in zip(pixel_values.split(num_patches), grids, sample_ids):
+        rows[row].append((pixels, grid))
+    return rows
+
+
+def split_into_segments(media: list[Medium], max_steps: int) -> Iterator[list[Medium]]:
+    """
+    Cuts images and videos, in order, into segments of at most `max_steps` steps of time, that is, entries of the
+    grid's first axis: `temporal_patch_size` frames each, or one image.
+    """
+    segment: list[Medium] = []
+    room = max_steps
+    for pixel_values, (t, h, w) in media:
+        start = 0
+        while start < t:
+            steps = min(t - start, room)
+            segment.append((pixel_values[start * h * w : (start + steps) * h * w], (steps, h, w)))
+            start += steps
+            room -= steps
+            if room == 0:
+                yield segment
+                segment, room = [], max_steps
+    if segment:
+        yield segment

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules: the decoder layer, the mixer, the vision tower, the loss."""

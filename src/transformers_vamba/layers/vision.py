@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2-VL's vision tower, with the frames of one size as a batch of the attention instead of one call each."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.integrations.accelerate import force_accelerate_hooks
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    PatchEmbed,
+    Qwen2VisionTransformerPretrainedModel,
+    VisionAttention,
+    VisionMlp,
+    apply_rotary_pos_emb_vision,
+    eager_attention_forward,
+)
+from transformers.utils import is_triton_available, logging
+
+
+logger = logging.get_logger(__name__)
+
+_compile = functools.cache(torch.compile)
+_cannot_compile: set[Callable] = set()
+
+
+def call_fused(function: Callable, *args):
+    """
+    Calls a function that works element by element: on a CUDA device as one kernel, where PyTorch can compile it, which
+    takes Triton and a C compiler.
+    """
+    if not args[-1].is_cuda or not is_triton_available() or function in _cannot_compile:
+        return function(*args)
+    try:
+        return _compile(function)(*args)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        logger.warning(f"`{function.__name__}` cannot be compiled, and is slower for it: {error}")
+        _cannot_compile.add(function)
+        return function(*args)
+
+
+def activate(activation: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    return activation(hidden_states)
+
+
+class VambaPatchEmbed(PatchEmbed):
+    """The convolution's windows are the patches, which do not overlap: it is a matrix product."""
+
+    @force_accelerate_hooks(["proj"])  # its weight is read past its forward
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = self.proj.weight
+        return nn.functional.linear(hidden_states.to(weight.dtype), weight.flatten(1))
+
+
+class VambaVisionMlp(VisionMlp):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(call_fused(activate, self.act, self.fc1(hidden_states)))
+
+
+class VambaVisionAttention(VisionAttention):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        max_seqlen: int | None = None,
+        frame_length: int | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        Attention of the patches of each frame among themselves.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(num_patches, embed_dim)`): The frames, one behind the other.
+            cu_seqlens (`torch.IntTensor` of shape `(num_frames + 1,)`): Where each frame begins and ends.
+            position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines, `(num_patches, head_dim)`.
+            max_seqlen (`int`, *optional*): Patches of the largest frame.
+            frame_length (`int`, *optional*): Patches of every frame, where all have the same number.
+        """
+        if frame_length is None:
+            return super().forward(hidden_states, cu_seqlens, position_embeddings, max_seqlen=max_seqlen, **kwargs)
+        query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(1)
+        query, key = call_fused(apply_rotary_pos_emb_vision, query, key, *position_embeddings)
+        query, key, value = (states.unflatten(0, (-1, frame_length)).transpose(1, 2) for states in (query, key, value))
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, _ = attention_interface(
+            self, query, key, value, attention_mask=None, scaling=self.scaling, is_causal=False, **kwargs
+        )
+        return self.proj(attn_output.reshape(hidden_states.shape))
+
+
+class VambaVisionModel(Qwen2VisionTransformerPretrainedModel):
+    """[`Qwen2VisionTransformerPretrainedModel`], which takes `frame_length` as well (see [`VambaVisionAttention`])."""
+
+    def __init__(self, config: Qwen2VLVisionConfig):
+        super().__init__(config)
+        self.patch_embed = VambaPatchEmbed(
+            config.patch_size, config.temporal_patch_size, config.in_channels, config.embed_dim
+        )
+        for block in self.blocks:
+            block.attn = VambaVisionAttention(config)
+            block.mlp = VambaVisionMlp(config.embed_dim, int(config.embed_dim * config.mlp_ratio), config.hidden_act)
+        self.post_init()

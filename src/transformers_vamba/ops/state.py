@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state that a Mamba-2 mixer hands on."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class MambaState(NamedTuple):
+    """
+    Where a Mamba-2 mixer stands behind a stretch of tokens: all it needs to go on with the next.
+
+    Args:
+        conv (`torch.Tensor` of shape `(1, mamba_d_conv - 1, conv_dim)`): The convolution's last inputs.
+        ssm (`torch.Tensor` of shape `(1, num_mamba_heads, mamba_d_head, mamba_d_state)`): The recurrent state.
+    """
+
+    conv: torch.Tensor
+    ssm: torch.Tensor

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Several processes, each with samples of its own, that exchange parameters or gradients: every one of them has to run
+the same parts of the model, whether its samples have images and videos or not, or the others wait for ever.
+"""
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from ..inputs.media import Medium, count_patch_values
+
+
+def is_distributed() -> bool:
+    """Whether there is more than this process."""
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the processes hold parts of the parameters, which come together as the modules run: FSDP or ZeRO-3."""
+    if not is_distributed():
+        return False
+    # DeepSpeed marks the parameters of ZeRO-3.
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters()) or any(
+        isinstance(module, FSDPModule) or is_fsdp_managed_module(module) for module in model.modules()
+    )
+
+
+@torch.no_grad()
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Copies the parameters to a module of the same kind: where ZeRO-3 holds them, each process its own part."""
+    for from_parameter, to_parameter in zip(source.parameters(), target.parameters(), strict=True):
+        getattr(to_parameter, "ds_tensor", to_parameter).copy_(getattr(from_parameter, "ds_tensor", from_parameter))
+
+
+def count_missing_runs(model: nn.Module, num_runs: int, device: torch.device) -> int:
+    """
+    How many runs more than these another process makes of the model, or of a part of it, where the processes share its
+    parameters: as many have to be made here too. Waits for all of them.
+    """
+    if not is_sharded(model):
+        return 0
+    most_runs = torch.tensor(num_runs, device=device)
+    torch.distributed.all_reduce(most_runs, torch.distributed.ReduceOp.MAX)
+    return int(most_runs) - num_runs
+
+
+def zero_of_parameters(module: nn.Module) -> torch.Tensor | int:
+    """Zero, with a gradient of zero for every whole parameter of the module that trains."""
+    whole = (parameter for parameter in module.parameters() if parameter.requires_grad and parameter.numel())
+    return sum(0 * parameter.sum() for parameter in whole if not isinstance(parameter, DTensor))
+
+
+def smallest_medium(vision_config) -> Medium:
+    """A video of one token, for a process that has none."""
+    merge_size = vision_config.spatial_merge_size
+    return torch.zeros(merge_size**2, count_patch_values(vision_config)), (1, merge_size, merge_size)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On top of the model: collator, distillation, parts by name, adapters."""

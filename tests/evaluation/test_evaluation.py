@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model and the tasks for lmms-eval, run by lmms-eval itself on small files in each benchmark's own layout."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benchmark_files import write_benchmarks
+from PIL import Image
+from tiny_vamba import TINY_CHECKPOINT
+
+
+if importlib.util.find_spec("lmms_eval") is None:
+    pytest.skip("needs lmms-eval: `pip install --no-deps -r tests/lmms-eval.txt`", allow_module_level=True)
+
+
+from synthetic_videos import sample_video, write_mp4
+
+from transformers_vamba import VambaCache, VambaForConditionalGeneration, VambaProcessor
+from transformers_vamba.evaluation import TASKS
+from transformers_vamba.evaluation.multiple_choice import accuracy_of, letter_of, list_letters
+from transformers_vamba.evaluation.questions import Prompt, VideoQuestionAnswering, VideoSettings
+
+
+TINY_MODEL = str(TINY_CHECKPOINT)
+SETTINGS = VideoSettings(16, None, 112, 112)
+SMALL = {"device": "cpu", "num_frames": 16, "shortest_edge": 112, "longest_edge": 112}
+
+QUESTIONS = [
+    ("a", "What came first?"),
+    ("a", "How many flashes were there?"),
+    ("b", "What came last?"),
+    ("missing", "What came first?"),
+    ("broken", "What came first?"),
+    ("b", "What came first?"),
+]
+FAILED = ("missing", "broken")
+LVBENCH, OURS = "lvbench", ("hourvideo", "houreval_videomme", "houreval_mlvu", "houreval_longvideobench")
+THEIRS = (LVBENCH, "videomme", "mlvu_dev", "longvideobench_val_v", "mvbench_action_sequence", "nextqa_mc_test")
+
+# A task that scores each option.
+BY_LOSSES = """
+task: by_losses
+dataset_path: by_losses
+dataset_kwargs:
+  load_from_disk: True
+test_split: test
+output_type: multiple_choice
+doc_to_visual: !function utils.doc_to_visual
+doc_to_text: question
+doc_to_choice: options
+doc_to_target: answer
+target_delimiter: ""
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture(scope="module")
+def benchmarks(tmp_path_factory):
+    """All benchmarks in a folder that is the working directory, and `HF_HOME`. Returns lmms-eval's task manager."""
+    hub, home = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("home")
+
+    def write_video(name, path):
+        if name == "broken":
+            path.write_bytes(b"not a video")
+        elif name != "missing":
+            write_mp4(path, sample_video([84, ord(name)], 16, "sequence"))
+
+    write_benchmarks(hub, home, QUESTIONS, write_video)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(hub)
+        patch.setenv("HF_HOME", str(home))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield home
+
+
+@pytest.fixture(scope="module")
+def task_manager(benchmarks):
+    import lmms_eval.tasks
+
+    folder = Path(lmms_eval.tasks.__file__).parent
+    names = ("lvbench", "videomme", "mlvu", "longvideobench", "mvbench", "nextqa", "egoschema")
+    paths = [str(folder / name) for name in names]
+    return lmms_eval.tasks.TaskManager(include_path=[*paths, TASKS], include_defaults=False, model_name="vamba")
+
+
+def evaluate(model, task_manager, tasks):
+    from lmms_eval.evaluator import simple_evaluate
+
+    return simple_evaluate(model, tasks=list(tasks), task_manager=task_manager, bootstrap_iters=0)
+
+
+def responses_of(results, task):
+    samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
+    return [sample["filtered_resps"][0] for sample in samples]
+
+
+@pytest.fixture(scope="module")
+def model_and_processor():
+    return VambaForConditionalGeneration.from_pretrained(TINY_MODEL).eval(), VambaProcessor.from_pretrained(TINY_MODEL)
+
+
+@pytest.fixture
+def answering(model_and_processor):
+    return VideoQuestionAnswering(*model_and_processor, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Paths of three videos."""
+    paths = [tmp_path_factory.mktemp("videos") / f"{seed}.mp4" for seed in range(3)]
+    for seed, path in enumerate(paths):
+        write_mp4(path, sample_video([85, seed], 16, "sequence"))
+    return [str(path) for path in paths]
+
+
+def prompt(question, *media, **kwargs):
+    content = [
+        {"type": "video", "path": medium} if isinstance(medium, str) else {"type": "image", "image": medium}
+        for medium in media
+    ]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    return Prompt(messages, SETTINGS, {"max_new_tokens": 16}, **kwargs)
+
+
+def generate_at_once(model, processor, prompt):
+    """The answer without any cache made ahead: pixels and text go to `generate` together."""
+    inputs = processor.apply_chat_template(
+        prompt.messages,
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"videos_kwargs": prompt.settings.videos_kwargs},
+    )
+    tokens = model.generate(**inputs, **prompt.generation, do_sample=False)
+    return processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_every_task_runs_with_the_tiny_model(benchmarks, task_manager, model_and_processor):
+    from transformers_vamba.evaluation.lmms_eval_model import VambaChat
+
+    results = evaluate(VambaChat(TINY_MODEL, batch_size=4, **SMALL), task_manager, [*THEIRS, "hourvideo", "houreval"])
+    for task in (*THEIRS, *OURS):
+        expected = QUESTIONS if task in THEIRS else QUESTIONS[task == "houreval_mlvu" : -1]
+        responses = responses_of(results, task)
+        assert len(responses) == len(expected)
+        for (video, _), response in zip(expected, responses):
+            assert (response == "") == (video in FAILED)
+    assert results["throughput"]["avg_unanswered"] == 2 * len((*THEIRS, *OURS))
+
+    # What the model was asked is the task's prompt, about the right video.
+    path = str(benchmarks / "lvbench" / "b.mp4")
+    text = results["samples"]["lvbench"][2]["arguments"][0]
+    assert QUESTIONS[2][1] in text
+    assert responses_of(results, "lvbench")[2] == generate_at_once(*model_and_processor, prompt(text, path))
+
+
+def test_scores_of_crafted_answers(benchmarks, task_manager):
+    from lmms_eval.api.model import lmms
+
+    answers = ["C", "The answer is C.", "(B)", "(D)", "I think C", "C"]
+
+    class Scripted(lmms):
+        is_simple = False
+
+        def generate_until(self, requests):
+            return [answers[request.doc_id] for request in requests]
+
+        loglikelihood = generate_until_multi_round = None
+
+    results = evaluate(Scripted(), task_manager, [*THEIRS, "hourvideo", "houreval"])["results"]
+    assert results["lvbench"]["lvbench_score,none"] == pytest.approx(4 / 6)
+    assert results["videomme"]["videomme_perception_score,none"] == pytest.approx(400 / 6)
+    of_seven_kinds = (100 + 300 / 5) / 7
+    assert results["mlvu_dev"]["mlvu_percetion_score,none"] == pytest.approx(of_seven_kinds)
+    assert results["longvideobench_val_v"]["lvb_acc,none"] == pytest.approx(4 / 6, abs=1e-4)
+    assert results["mvbench_action_sequence"]["mvbench_accuracy,none"] == pytest.approx(400 / 6)
+    assert results["nextqa_mc_test"]["exact_match,none"] == pytest.approx(4 / 6)
+    # The published reading takes the first letter: that of "I think C" is I. The short video is not asked about.
+    for task in OURS:
+        assert results[task]["accuracy,none"] == pytest.approx(2 / 4 if task == "houreval_mlvu" else 2 / 5), task
+    assert results["houreval"]["accuracy,none"] == pytest.approx(6 / 14)
+
+
+@pytest.mark.parametrize(
+    "response, letter",
+    [
+        ("C", "C"),
+        ("c.", "C"),
+        ("(C) a blue cross", "C"),
+        ("I would say: the answer is B, not A", "B"),
+        ("Answer: D", "D"),
+        ("So the option is e", "E"),
+        ("The answer is (A). Answer: B", "A"),
+        ("2", ""),
+        ("", ""),
+    ],
+)
+def test_the_published_reading_of_answers(response, letter):
+    assert letter_of(response) == letter
+
+
+def test_a_question_without_options_counts_as_wrong():
+    assert accuracy_of("C", "C", ["a", "b", "c"]) == {"accuracy": 1.0}
+    assert accuracy_of("C", "C", "") == accuracy_of("C", "C", []) == accuracy_of("C", "C", None) == {"accuracy": 0.0}
+    assert list_letters(4) == "A, B, C, or D"
+
+
+def test_answers_in_a_group_are_those_of_each_alone(answering, model_and_processor, videos, monkeypatch):
+    encoded = []
+    encode = VideoQuestionAnswering.encode
+
+    def count(self, paths, settings):
+        encoded.append(tuple(paths))
+        return encode(self, paths, settings)
+
+    monkeypatch.setattr(VideoQuestionAnswering, "encode", count)
+    texts = ["What came first?", "In which order did the colours come?", "How many flashes were there?"]
+    prompts = [prompt(text, path) for text in texts for path in videos]
+    prompts += [prompt("What came first, and what came after it?", videos[1], videos[0]), prompt("Hello!")]
+    grouped = answering.answer(prompts)
+    assert encoded == [(path,) for path in videos] + [(videos[1], videos[0])]
+    assert [answering.answer([prompt])[0] for prompt in prompts] == grouped
+    assert [generate_at_once(*model_and_processor, prompt) for prompt in prompts] == [a.text for a in grouped]
+    assert len({answer.text for answer in grouped}) > 4
+
+
+def test_images_and_mixed_prompts_go_in_batches(answering, model_and_processor, videos):
+    red, blue = Image.new("RGB", (112, 112), "red"), Image.new("RGB", (112, 112), "blue")
+    prompts = [prompt("What is it?", red), prompt("And this?", blue, red), prompt("Which?", blue, videos[0])]
+    answers = answering.answer(prompts)
+    assert [answer.text for answer in answers] == [generate_at_once(*model_and_processor, p) for p in prompts]
+
+    prompts.insert(1, prompt("What is it?", videos[0], "https://localhost:1/nothing.mp4"))
+    prompts.insert(1, prompt("What is it?", "nowhere.mp4", red))
+    again = answering.answer(prompts)
+    assert again[:1] + again[3:] == answers
+    assert "nowhere.mp4" in again[1].error and "nothing.mp4" in again[2].error
+
+
+def test_scores_are_those_of_the_logits(answering, model_and_processor, videos):
+    model, processor = model_and_processor
+    continuations = ("a red circle", "a green square", "purple, then blue")
+    prompts = [prompt("What came first?", videos[0], continuation=text) for text in continuations]
+    for scored, answer in zip(prompts, answering.score(prompts)):
+        inputs = processor.apply_chat_template(
+            scored.messages,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"videos_kwargs": SETTINGS.videos_kwargs},
+        )
+        ids = processor.tokenizer(scored.continuation, return_tensors="pt").input_ids
+        inputs = {name: value for name, value in inputs.items() if name not in ("mm_token_type_ids", "attention_mask")}
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -ids.shape[1] - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(logits, ids[0])
+        assert answer.loss == pytest.approx(loss.item(), rel=1e-4)
+        assert answer.is_greedy == (logits.argmax(-1) == ids[0]).all()
+    greedy = answering.answer([prompt("What came first?", videos[0])])[0].text
+    assert answering.score([prompt("What came first?", videos[0], continuation=greedy)])[0].is_greedy
+
+
+def test_a_folder_keeps_processed_videos(model_and_processor, videos, tmp_path, monkeypatch):
+    path = str(shutil.copy(videos[0], tmp_path / "movie.mp4"))
+    folder = tmp_path / "processed"
+    asked = [prompt("What came first?", path), prompt("How many flashes were there?", path)]
+
+    def answer(prompts=asked):
+        """The answers of a new run, and how many videos it encoded."""
+        count = 0
+
+        def encode(**kwargs):
+            nonlocal count
+            count += 1
+            return type(model).encode_video(model, **kwargs)
+
+        model, processor = model_and_processor
+        monkeypatch.setattr(model, "encode_video", encode, raising=False)
+        answers = VideoQuestionAnswering(model, processor, 2, folder).answer(prompts)
+        return answers, count
+
+    first, count = answer()
+    assert count == 1
+    assert answer() == (first, 0)
+    (kept,) = folder.iterdir()
+    assert VambaCache.from_pretrained(kept).video_lengths == [8 * 16]
+
+    (kept / "layer-00001.safetensors").write_bytes(b"damaged")
+    assert answer() == (first, 1)
+    assert answer() == (first, 0)
+
+    other = [Prompt(p.messages, SETTINGS._replace(num_frames=8), p.generation) for p in asked]
+    assert answer(other)[1] == 1
+    with torch.no_grad():
+        bias = model_and_processor[0].model.visual.merger.ln_q.bias
+        original = bias.clone()
+        bias += 1
+        assert answer()[1] == 1
+        bias.copy_(original)
+    assert answer() == (first, 0)
+    os.utime(path, (0, 0))
+    assert answer() == (first, 1)
+
+
+def test_a_video_costs_its_own_questions_and_a_full_disk_ends_the_run(answering, videos, tmp_path, monkeypatch):
+    for name, error in (
+        ("missing.mp4", "FileNotFoundError: .*missing.mp4"),
+        ("broken.mp4", "ValueError: .*broken.mp4"),
+    ):
+        path = tmp_path / name
+        if name == "broken.mp4":
+            path.write_bytes(Path(videos[0]).read_bytes()[:3000])
+        for folder in (None, tmp_path / "processed"):
+            again = VideoQuestionAnswering(answering.model, answering.processor, 2, folder)
+            answers = again.answer([prompt("What came first?", video) for video in (str(path), videos[1])])
+            assert re.match(error, answers[0].error) and answers[0].text == ""
+            assert answers[1].error is None and answers[1].text
+
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(VambaCache, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space left"):
+        again.answer([prompt("What came first?", videos[2])])
+
+
+def test_published_settings_of_tasks_and_arguments():
+    from transformers_vamba.evaluation.lmms_eval_model import VambaChat
+
+    lm = VambaChat(TINY_MODEL, device="cpu")
+    assert lm.settings_of("lvbench") == lm.settings_of("lvbench_no_visual") == (1024, None, 256, 560)
+    assert lm.settings_of("hourvideo") == (128, None, 256, 360)
+    for task in ("videomme", "mlvu_dev", "longvideobench_val_v", "mvbench_moving_count", "houreval_mlvu", "x_lvbench"):
+        assert lm.settings_of(task) == (512, None, 256, 480)
+    lm = VambaChat(TINY_MODEL, device="cpu", fps=0.5, longest_edge=640)
+    assert lm.settings_of("lvbench") == (1024, 0.5, 256, 640)
+    assert lm.settings_of("lvbench").videos_kwargs == {"fps": 0.5, "size": {"shortest_edge": 256, "longest_edge": 640}}
+    with pytest.raises(ValueError, match="not both: got 8 and 1.0"):
+        VambaChat(TINY_MODEL, num_frames=8, fps=1.0)
+    with pytest.raises(NotImplementedError, match="--force_simple"):
+        lm.loglikelihood([])
+
+
+def test_generation_arguments_of_tasks():
+    from transformers_vamba.evaluation.lmms_eval_model import _to_generation
+
+    greedy = {"max_new_tokens": 16, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}
+    assert _to_generation(greedy) == {"generation": {"max_new_tokens": 16, "num_beams": 1}, "stop": ()}
+    assert _to_generation({"until": ["\n\n"], "image_aspect_ratio": None}) == {"generation": {}, "stop": ("\n\n",)}
+    sampled = {"do_sample": True, "temperature": 1, "top_p": 0.9}
+    assert _to_generation(sampled | {"until": "."}) == {"generation": sampled, "stop": (".",)}
+
+
+def test_an_answer_ends_where_the_task_says(answering, videos):
+    full, cut = (answering.answer([prompt("What came first?", videos[0], stop=s)])[0].text for s in ((), (" ",)))
+    assert full.startswith(f"{cut} ")
+
+
+def test_multiple_choice_by_losses(benchmarks, videos, tmp_path):
+    from datasets import Dataset, DatasetDict
+    from lmms_eval.tasks import TaskManager
+
+    from transformers_vamba.evaluation.lmms_eval_model import VambaSimple
+
+    lm = VambaSimple(TINY_MODEL, batch_size=4, **SMALL)
+    question = "What came first?"
+    best = lm.answering.answer([prompt(question, videos[0])])[0].text
+    options = ["a green elephant", best, "no"]
+    rows = [{"video": path, "question": question, "options": options, "answer": 1} for path in (videos[0], "gone.mp4")]
+    DatasetDict(test=Dataset.from_list(rows)).save_to_disk("by_losses")
+    (tmp_path / "utils.py").write_text("def doc_to_visual(doc):\n    return [doc['video']]\n")
+    (tmp_path / "by_losses.yaml").write_text(BY_LOSSES)
+    results = evaluate(lm, TaskManager(include_path=str(tmp_path), include_defaults=False), ["by_losses"])
+    assert results["results"]["by_losses"]["acc,none"] == 0.5
+
+
+def test_two_processes_give_the_same_answers(benchmarks, task_manager, tmp_path):
+    """The command line, the entry point, and Accelerate: documents of a video are on both processes."""
+    names = [entry.name for entry in importlib.metadata.entry_points(group="lmms_eval.models")]
+    if "vamba" not in names:
+        pytest.skip("needs the package installed, for its entry point")
+    from transformers_vamba.evaluation.lmms_eval_model import VambaChat
+
+    processed = tmp_path / "processed"
+    arguments = ",".join(f"{name}={value}" for name, value in SMALL.items() if name != "device")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "lmms_eval"]
+    command += ["--model", "vamba", "--model_args", f"pretrained={TINY_MODEL},video_cache={processed},{arguments}"]
+    command += ["--tasks", "hourvideo", "--include_path", TASKS, "--batch_size", "4"]
+    command += ["--log_samples", "--output_path", str(tmp_path / "results")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (path,) = (tmp_path / "results").rglob("*_results.json")
+    results = json.loads(path.read_text())
+    assert results["throughput"]["avg_unanswered"] == 2
+    (path,) = (tmp_path / "results").rglob("*_samples_hourvideo.jsonl")
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    responses = {sample["doc_id"]: sample["filtered_resps"] for sample in samples}
+    alone = evaluate(VambaChat(TINY_MODEL, **SMALL), task_manager, ["hourvideo"])
+    assert responses == dict(enumerate(responses_of(alone, "hourvideo")))
+    assert results["results"]["hourvideo"]["accuracy,none"] == alone["results"]["hourvideo"]["accuracy,none"]
+    assert len(list(processed.iterdir())) == 2

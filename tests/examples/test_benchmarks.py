@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks run, with tiny models. How fast says nothing here."""
+
+import json
+import os
+import subprocess
+import sys
+
+import evaluation
+import inference
+import pytest
+import training
+
+
+def test_every_model_and_size_has_its_figures(tmp_path, capsys):
+    inference.main(["--device", "cpu", "--frames", "4,10", "--compile-frames", "4", "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "inference.json").read_text())["rows"]
+    expected = [(name, n) for name in inference.NAMES for n in (4, 10)]
+    expected[2:2] = [("vamba", 8)] * 2  # kept in 8 bits, and in the host's memory
+    assert [(row["model"], row["frames"]) for row in rows] == expected
+    for row in rows:
+        assert "note" not in row
+        assert row["video_tokens"] == row["frames"] // 2 * 6
+        expected = {"first_token_s", "decode_ms", "further_question_s", "one_by_one_tokens_s"}
+        if row["model"] == "vamba":
+            expected |= {"at_once_tokens_s", "cache_gib"} | ({"compiled_decode_ms"} if row["frames"] == 4 else set())
+        assert all(row[name] > 0 for name in expected)
+    table = (tmp_path / "inference.md").read_text()
+    assert [table.count(name) for name in inference.NAMES.values()] == [4, 2, 2]
+    assert table in capsys.readouterr().out
+
+
+def test_a_failure_is_an_entry(tmp_path, monkeypatch):
+    def fail(model, num_frames, patches, row):
+        raise inference.torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(inference, "measure_baseline", fail)
+    inference.main(["--device", "cpu", "--models", "qwen2-vl", "--frames", "4,8", "--output", str(tmp_path)])
+    notes = [row["note"] for row in json.loads((tmp_path / "inference.json").read_text())["rows"]]
+    assert notes == ["out of memory", "fails at 4 frames"]
+
+
+def test_a_size_beyond_the_time_is_left_out():
+    done = {"model": "qwen2-vl", "frames": 64, "seconds": 3.0, "first_token_s": 1.0}
+    larger = {"model": "qwen2-vl", "frames": 256}
+    assert inference.reason_to_skip(larger, [], 0) is None
+    assert inference.reason_to_skip(larger, [done], 40) is None
+    assert inference.reason_to_skip(larger, [done], 30) == "not run: some 18 s"
+
+
+def test_the_profile_names_kernels(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--models", "vamba", "--frames", "4", "--profile", "4", "--output", str(tmp_path)]
+    inference.main(arguments)
+    assert "aten::" in (tmp_path / "profile_sdpa.txt").read_text()
+
+
+def test_evaluation_has_its_figures(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--frames", "4,6", "--questions", "3", "--output", str(tmp_path)]
+    evaluation.main(arguments)
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+    assert [(row["frames"], row["questions"]) for row in rows] == [(4, 3), (6, 3)]
+    assert all(row["ratio"] == row["one_by_one_s"] / row["together_s"] for row in rows)
+    assert (tmp_path / "evaluation.md").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lora", (False, True))
+def test_training(tmp_path, lora):
+    forms = ("parts", "offload-2")
+    options = ["--device", "cpu", "--frames", "4,8", "--checkpointing", ",".join(forms), *["--lora"] * lora]
+    training.main([*options, "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / ("training_lora.json" if lora else "training.json")).read_text())["rows"]
+    expected = [("vamba", form, n) for form in forms for n in (4, 8)] + [("qwen2-vl", "layers", n) for n in (4, 8)]
+    assert [(row["model"], row["checkpointing"], row["frames"]) for row in rows] == expected
+    assert all(row["step_s"] > 0 and row["video_tokens"] == row["frames"] // 2 * 6 for row in rows)
+    assert all("note" not in row for row in rows)
+
+
+def test_training_on_two_processes(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [training.__file__, "--device", "cpu", "--models", "vamba", "--frames", "8", "--checkpointing", "parts"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--output", str(tmp_path)], env=environment, check=True, timeout=240)
+    rows = json.loads((tmp_path / "training_2_gpus.json").read_text())["rows"]
+    assert [row["gpus"] for row in rows] == [1, 2]
+    assert rows[1]["scaling"] == pytest.approx(rows[0]["step_s"] / rows[1]["step_s"])

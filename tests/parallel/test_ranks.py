@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes, of which one has no video at a time, give what one process gives with the samples of both."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_vamba import TEXT_CONFIG, VISION_CONFIG, tiny_config, tiny_model
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from transformers_vamba import VambaForConditionalGeneration
+
+
+TESTS = Path(__file__).parent
+CONFIGS = TESTS.parent / "examples" / "accelerate"
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
+SHARDED = ("fsdp2", pytest.param("zero3", marks=needs_deepspeed))
+
+
+def launcher(kind: str, mixed_precision: str) -> list[str]:
+    """The part of the command before the program."""
+    if kind == "alone":
+        return []
+    if kind == "ddp":
+        return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{kind}.yaml")]
+    return [*command, "--num_processes", "2", "--main_process_port", "0", "--mixed_precision", mixed_precision]
+
+
+def run(kind: str, program: str, *arguments: str, on_gpus: bool = False, mixed_precision: str = "no", timeout=240):
+    """Runs a program of this folder, in one process or two."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not on_gpus:
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    subprocess.run(
+        [sys.executable, "-W", "ignore", *launcher(kind, mixed_precision), str(TESTS / program), *arguments],
+        env=environment,
+        cwd=TESTS,
+        check=True,
+        timeout=timeout,
+    )
+
+
+def train(folder: Path, kind: str, *arguments: str, **kwargs):
+    """Runs the training program, and returns its losses and the weights it has saved."""
+    if not (folder / "initial").is_dir():
+        tiny_model().save_pretrained(folder / "initial")
+    run(kind, "train_in_processes.py", str(folder), *arguments, **kwargs)
+    losses = json.loads((folder / "losses.json").read_text())
+    return losses, VambaForConditionalGeneration.from_pretrained(folder / "final", dtype=torch.float32).state_dict()
+
+
+def assert_same_run(actual, expected, atol=1e-5, rtol=1e-4):
+    (losses, weights), (expected_losses, expected_weights) = actual, expected
+    assert losses["train"] == pytest.approx(expected_losses["train"], rel=rtol)
+    assert losses["eval"] == pytest.approx(expected_losses["eval"], rel=rtol)
+    torch.testing.assert_close(weights, expected_weights, atol=atol, rtol=rtol)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Losses and weights of one process, by what is trained of the tower."""
+    return functools.cache(lambda tower: train(tmp_path_factory.mktemp("alone"), "alone", "--tower", tower))
+
+
+@pytest.mark.parametrize(
+    "tower, arguments",
+    (
+        ("trained", ("--checkpointing", '{"use_reentrant": false}')),
+        ("merger", ("--skip-logits",)),
+        ("frozen", ("--checkpointing", '{"use_reentrant": false}')),
+    ),
+)
+@pytest.mark.parametrize("kind", ("ddp", *SHARDED))
+def test_a_process_without_video(tmp_path, alone, kind, tower, arguments):
+    assert_same_run(train(tmp_path, kind, "--tower", tower, *arguments), alone(tower))
+
+
+def train_and_resume(folder: Path, kind: str, **kwargs):
+    arguments = ("--tower", "frozen", "--checkpointing", '{"layers_per_checkpoint": 2}')
+    train(folder, kind, "--steps", "2", *arguments, **kwargs)
+    assert (folder / "checkpoint-2").is_dir()
+    return train(folder, kind, *arguments, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ("ddp", *SHARDED))
+def test_resume(tmp_path, alone, kind):
+    assert_same_run(train_and_resume(tmp_path, kind), alone("frozen"))
+
+
+@needs_deepspeed
+def test_from_qwen2_vl(tmp_path):
+    text_config = {name: value for name, value in TEXT_CONFIG.items() if not name.startswith("mamba")}
+    text_config["rope_parameters"] = tiny_config().text_config.rope_parameters
+    config = Qwen2VLConfig(text_config=text_config, vision_config=VISION_CONFIG)
+    Qwen2VLForConditionalGeneration(config).save_pretrained(tmp_path)
+    run("ddp", "init_in_processes.py", str(tmp_path), timeout=120)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("mixed_precision, atol, rtol", (("no", 1e-4, 1e-3), ("bf16", 5e-3, 2e-2)))
+@pytest.mark.parametrize("kind", SHARDED)
+def test_on_gpus(tmp_path, alone, kind, mixed_precision, atol, rtol):
+    resumed = train_and_resume(tmp_path, kind, on_gpus=True, mixed_precision=mixed_precision)
+    assert_same_run(resumed, alone("frozen"), atol, rtol)
