@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import Trainer, TrainingArguments
 
 from transformers_vamba import modeling_vamba
+from transformers_vamba.layers.video_context import VideoContext
 from transformers_vamba.parallel import gradient_checkpointing as gradient_checkpointing
 
 
@@ -104,7 +105,10 @@ def kept_video_states(model) -> int:
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model.model.language_model(
-            input_ids=make_text(), video_states=video_states, video_lengths=[120], rows=[0], use_cache=False
+            input_ids=make_text(),
+            video_states=video_states,
+            video_context=VideoContext([0], [12], lengths=[120]),
+            use_cache=False,
         )
     assert output.last_hidden_state.requires_grad
     return sum(tensor.untyped_storage().nbytes() >= VIDEO_BYTES for tensor in storages.values())

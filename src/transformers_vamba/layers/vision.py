@@ -2,11 +2,14 @@
 """Qwen2-VL's vision tower, with the frames of one size as a batch of the attention instead of one call each."""
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers.integrations.accelerate import force_accelerate_hooks
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
@@ -18,6 +21,9 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     eager_attention_forward,
 )
 from transformers.utils import is_triton_available, logging
+
+from ..inputs.media import Medium
+from ..parallel.devices import execution_device
 
 
 logger = logging.get_logger(__name__)
@@ -105,3 +111,31 @@ class VambaVisionModel(Qwen2VisionTransformerPretrainedModel):
             block.attn = VambaVisionAttention(config)
             block.mlp = VambaVisionMlp(config.embed_dim, int(config.embed_dim * config.mlp_ratio), config.hidden_act)
         self.post_init()
+
+    def encode_media(self, media: list[Medium]) -> BaseModelOutputWithPooling:
+        """The outputs for images and videos in order, on the device of the tower."""
+        device = execution_device(self)
+        # To the device first: a copy from pinned memory does not wait, and the conversion is quicker there.
+        pixel_values = [pixels.to(device, non_blocking=True) for pixels, _ in media]
+        pixel_values = pixel_values[0] if len(media) == 1 else torch.cat(pixel_values)
+        # The tower sees single frames: consecutive media of one size might as well be one.
+        grids = [
+            (sum(t for t, _, _ in run), *size)
+            for size, run in itertools.groupby((grid for _, grid in media), key=lambda grid: grid[1:])
+        ]
+        return self(
+            pixel_values.to(self.dtype),
+            grid_thw=torch.tensor(grids, device=device),
+            frame_length=math.prod(grids[0][1:]) if len(grids) == 1 else None,
+        )
+
+    def encode_frozen(self, media: list[Medium]) -> torch.Tensor:
+        """The merged tokens, `(num_tokens, hidden_size)`, with a gradient for the merger alone, if it trains."""
+        with torch.no_grad():
+            outputs = self.encode_media(media)
+        if not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.merger.parameters())):
+            return outputs.pooler_output
+        if not (self.gradient_checkpointing and self.training):
+            return self.merger(outputs.last_hidden_state)
+        # A reentrant checkpoint has a gradient only if its input has one.
+        return self._gradient_checkpointing_func(self.merger, outputs.last_hidden_state.requires_grad_())

@@ -145,6 +145,15 @@ def attend_across_ranks(
     return _Attention.apply(scaled_query, keys, values, group).to(query.dtype)
 
 
+def check_no_dropout(model: nn.Module) -> None:
+    """Raises a `ValueError` for a model with dropout, which would draw differently for the text of every rank."""
+    dropouts = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+    dropouts["attention_dropout"] = model.config.get_text_config().attention_dropout
+    dropouts = [f"{name} ({p})" for name, p in dropouts.items() if p]
+    if dropouts:
+        raise ValueError(f"Sequence parallelism needs a model without dropout, got {', '.join(dropouts[:8])}.")
+
+
 def check_stretches(
     num_tokens: list[int], inputs_embeds: torch.Tensor, min_tokens: int, group: dist.ProcessGroup
 ) -> None:
