@@ -2,9 +2,9 @@
 """
 PyTorch Vamba model: Qwen2-VL, except that the video never enters the text.
 
-In each layer the text tokens `h` attend causally to one another and read the video tokens `v` by cross-attention, which
-has neither mask nor positions. The video tokens are updated by a Mamba-2 mixer, at linear cost, and never see the text
-(`α` is one learned number per layer, kept in [0, 1]):
+In each layer the text tokens `h` attend causally to one another and read the video tokens `v` by cross-attention,
+which has neither mask nor positions. The video tokens are updated by a Mamba-2 mixer, at linear cost, and never see
+the text (`α` is one learned number per layer, kept in [0, 1]):
 
     text:  h += α * self_attn(n) + (1 - α) * cross_attn(n, v),  n = input_layernorm(h)
            h += mlp(post_attention_layernorm(h))
@@ -20,7 +20,6 @@ question is known, a stretch of frames at a time:
 If no cache is kept (training), both streams go through the decoder together, layer by layer.
 """
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable
@@ -29,15 +28,13 @@ from functools import partial
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VLAttention,
+    Qwen2VLForConditionalGeneration,
     Qwen2VLModel,
     Qwen2VLPreTrainedModel,
     Qwen2VLRotaryEmbedding,
@@ -49,23 +46,29 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache.cache import VambaCache
 from .cache.layers import VambaVideoLayer
-from .compat import CACHE_NAME, CACHE_NAMES, checked_forward, takes_cache
+from .compat import CACHE_NAME, CACHE_NAMES, checked_forward
 from .configuration_vamba import VambaConfig, VambaTextConfig
-from .conversion_mapping import check_complete, register_conversion_mapping, rename_published
+from .conversion_mapping import (
+    check_complete,
+    check_qwen2_vl_filled,
+    read_qwen2_vl_config,
+    register_conversion_mapping,
+    rename_published,
+)
 from .generation.generate import VambaGenerationMixin
 from .inputs.checks import check_no_media_expected, check_tensor, check_text
 from .inputs.media import Medium, count_tokens, group_media_by_row, split_into_segments
 from .inputs.packing import lengths_of_samples, split_marks, starts_of_samples
+from .inputs.text import make_masks, resolve_positions
 from .layers.decoder import VambaDecoderLayer
 from .layers.loss import loss_without_logits
 from .layers.mixer import VambaMixer
 from .layers.video_context import VideoContext
-from .layers.vision import VambaVisionModel
+from .layers.vision import SEGMENT_FRAMES, VambaVisionModel
 from .parallel.devices import execution_device
 from .parallel.gradient_checkpointing import resolve_checkpointing
 from .parallel.ranks import (
     copy_parameters,
-    count_missing_runs,
     is_distributed,
     is_sharded,
     smallest_medium,
@@ -75,21 +78,6 @@ from .parallel.sequence import check_no_dropout, check_stretches
 
 
 logger = logging.get_logger(__name__)
-
-
-MAX_ROWS = 2**16  # of a cache that is filled before any text comes: a larger row number is a mistake
-
-SEGMENT_FRAMES = 64  # that go through the vision tower at once
-
-# PyTorch's attention kernels in order of preference, for a text of at most so many tokens. Flash alone cuts a long
-# video up when few queries read it, and keeps the device busy; cuDNN plans anew for every length of a growing text.
-FEW_TOKENS = 256
-BACKENDS_FOR_FEW_TOKENS = [
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 class VambaPreTrainedModel(Qwen2VLPreTrainedModel):
@@ -138,19 +126,8 @@ class VambaPreTrainedModel(Qwen2VLPreTrainedModel):
         if isinstance(module, VambaDecoderLayer):
             init.constant_(module.alpha, 0.5)
         elif isinstance(module, VambaMixer):
-            # Mamba-2's own initialisation: A uniform in [1, 16], the time step log-uniform in [0.001, 0.1] (through
-            # the inverse of softplus), and the output scaled down by the square root of the number of layers.
             text_config = self.config.get_text_config()
-            init.copy_(module.A_log, torch.empty_like(module.A_log, dtype=torch.float32).uniform_(1, 16).log())
-            dt = torch.empty_like(module.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-            dt = dt.clamp(min=1e-4)
-            init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))
-            init.ones_(module.D)
-            init.kaiming_uniform_(module.conv1d.weight, a=math.sqrt(5))
-            init.normal_(
-                module.out_proj.weight,
-                std=text_config.initializer_range / math.sqrt(text_config.num_hidden_layers),
-            )
+            module.reset_parameters(text_config.initializer_range / math.sqrt(text_config.num_hidden_layers))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
@@ -220,15 +197,12 @@ class VambaTextModel(VambaPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         r"""
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Token ids.
+            input_ids, inputs_embeds, use_cache: As in [`VambaForConditionalGeneration.forward`].
             attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
                 1 for text tokens to attend to, 0 for padding; or masks already prepared.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Text positions. Restarting at 0 within a row, they keep packed sequences apart in the self-attention.
             cache ([`Cache`], *optional*): A [`VambaCache`], or any cache for text alone.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-                Embedded tokens instead of `input_ids`.
-            use_cache (`bool`, *optional*): Whether to keep the text's keys and values.
             video_states (`torch.FloatTensor` of shape `(1, num_tokens, hidden_size)`, *optional*):
                 Outputs of the vision tower for videos that are not in the cache, one after another.
             video_context ([`VideoContext`], *optional*): What is to be known of them; needed with `video_states`.
@@ -247,10 +221,10 @@ class VambaTextModel(VambaPreTrainedModel):
         is_for_videos_alone = not use_cache and cache is not None and cache.get_seq_length() == 0
         text_cache = None if is_for_videos_alone else cache
 
-        position_ids = self._resolve_positions(position_ids, inputs_embeds, text_cache)
+        position_ids = resolve_positions(position_ids, inputs_embeds, text_cache)
         run_layers = partial(
             self._run_layers,
-            self._make_masks(attention_mask, inputs_embeds, text_cache, position_ids),
+            make_masks(self.config, attention_mask, inputs_embeds, text_cache, position_ids),
             position_ids=position_ids,
             **{CACHE_NAME: text_cache},
             position_embeddings=self.rotary_emb(inputs_embeds, position_ids.expand(3, batch_size, -1)),
@@ -263,10 +237,7 @@ class VambaTextModel(VambaPreTrainedModel):
                 run = partial(run_layers, slice(start, start + self.layers_per_checkpoint))
                 hidden_states, video_states = self._gradient_checkpointing_func(run, hidden_states, video_states)
         else:
-            # Not in training: what a checkpoint computes again has to take the same kernels, outside of this context.
-            few_tokens = batch_size * sequence_length <= FEW_TOKENS and not torch.is_grad_enabled()
-            with sdpa_kernel(BACKENDS_FOR_FEW_TOKENS, set_priority=True) if few_tokens else contextlib.nullcontext():
-                hidden_states, video_states = run_layers(slice(None), hidden_states, video_states)
+            hidden_states, video_states = run_layers(slice(None), hidden_states, video_states)
         if video_states is not None and self.training and torch.is_grad_enabled() and is_distributed():
             # DDP waits for the gradient of every parameter, also of the last mixer, which nobody reads.
             hidden_states = hidden_states + zero_of_parameters(self.layers[-1].vision_mixer)
@@ -284,39 +255,6 @@ class VambaTextModel(VambaPreTrainedModel):
         if all(row is None for row in rows):
             return None
         return VideoContext(rows, text_lengths, cache=cache)
-
-    def _resolve_positions(
-        self, position_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, text_cache: Cache | None
-    ) -> torch.LongTensor:
-        """Text positions of shape `(batch_size, sequence_length)`."""
-        if position_ids is None:
-            past_length = text_cache.get_seq_length() if text_cache is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-            return position_ids.expand(inputs_embeds.shape[0], -1)
-        # Qwen2-VL's three axes (or four, with the text positions in front) are all equal here.
-        return position_ids[0] if position_ids.ndim == 3 else position_ids
-
-    def _make_masks(
-        self,
-        attention_mask: torch.Tensor | dict | None,
-        inputs_embeds: torch.Tensor,
-        text_cache: Cache | None,
-        position_ids: torch.LongTensor,
-    ) -> dict[str, torch.Tensor | None]:
-        """The mask of each type of layer, unless they are made already."""
-        if isinstance(attention_mask, dict):
-            return attention_mask
-        arguments = {
-            "config": self.config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            CACHE_NAME: text_cache,
-            "position_ids": position_ids,
-        }
-        masks = {"full_attention": create_causal_mask(**arguments)}
-        if "sliding_attention" in self.config.layer_types:
-            masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
-        return masks
 
     def _run_layers(
         self,
@@ -432,7 +370,11 @@ class VambaModel(VambaPreTrainedModel):
             video_sample_ids=video_sample_ids,
             mm_token_type_ids=mm_token_type_ids,
         )
-        self._check_stretches(media, inputs_embeds, cache, use_cache)
+        if self.sequence_parallel_group is not None:
+            num_tokens = [count_tokens(row, self.config.vision_config.spatial_merge_size) for row in media]
+            has_cache = cache is not None or bool(use_cache)
+            num_inputs = self.config.text_config.mamba_d_conv - 1
+            check_stretches(num_tokens, inputs_embeds, has_cache, num_inputs, self.sequence_parallel_group)
         is_packed = sample_lengths is not None
         runs_together, use_cache = self._choose_way(is_packed, cache, use_cache)
         if any(media) and not runs_together:
@@ -468,21 +410,6 @@ class VambaModel(VambaPreTrainedModel):
             use_cache = False
         return must_run_together or (cache is None and torch.is_grad_enabled() and not use_cache), use_cache
 
-    def _check_stretches(
-        self, media: list[list[Medium]], inputs_embeds: torch.Tensor, cache: Cache | None, use_cache: bool | None
-    ) -> None:
-        """Raises a `ValueError` unless sequence parallelism, if it is on, can take these inputs."""
-        if self.sequence_parallel_group is None:
-            return
-        if cache is not None or use_cache:
-            raise ValueError(
-                "Sequence parallelism keeps no cache: call `forward` without `cache` and `use_cache`, or end it with "
-                "`set_sequence_parallel_group(None)`."
-            )
-        num_tokens = [count_tokens(row, self.config.vision_config.spatial_merge_size) for row in media]
-        num_inputs = self.config.text_config.mamba_d_conv - 1
-        check_stretches(num_tokens, inputs_embeds, num_inputs, self.sequence_parallel_group)
-
     def _video_stream(
         self, media: list[list[Medium]], text_lengths: list[int], is_packed: bool, is_read: bool = True
     ) -> dict:
@@ -494,30 +421,11 @@ class VambaModel(VambaPreTrainedModel):
                 lengths.append(count_tokens(row_media, self.config.vision_config.spatial_merge_size))
         group = self.sequence_parallel_group
         return {
-            "video_states": self._embed_with_gradient(list(itertools.chain(*media))),
+            "video_states": self._hand_to_decoder(self.visual.encode_with_gradient(list(itertools.chain(*media)))),
             "video_context": VideoContext(
                 rows, text_lengths, is_packed, lengths=lengths, group=group, is_read=is_read
             ),
         }
-
-    def _embed_with_gradient(self, media: list[Medium]) -> torch.Tensor:
-        """
-        Like `embed_media`, with a gradient for the pixels that take one and for the parts of the tower that train. What
-        is frozen keeps no activations: it runs one segment at a time, even if something asks its input for a gradient
-        (`enable_input_require_grads` does).
-        """
-        trained = {name for name, parameter in self.visual.named_parameters() if parameter.requires_grad}
-        takes_gradient = any(pixels.requires_grad for pixels, _ in media)
-        if torch.is_grad_enabled() and (takes_gradient or not all(name.startswith("merger.") for name in trained)):
-            return self.embed_media(media)
-        segments = list(split_into_segments(media, SEGMENT_FRAMES // self.config.vision_config.temporal_patch_size))
-        num_segments = len(segments)
-        num_missing = count_missing_runs(self, num_segments, execution_device(self.language_model))
-        segments += [[smallest_medium(self.config.vision_config)]] * num_missing
-        embeds = [self.visual.encode_frozen(segment) for segment in segments]
-        # Nothing is read of those beyond the own segments, but the merger's backward pass runs for them as well.
-        embeds[num_segments:] = [unread[:0] for unread in embeds[num_segments:]]
-        return self._hand_to_decoder(torch.cat(embeds))
 
 
 class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
@@ -545,106 +453,17 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
         Raises:
             ValueError: for a checkpoint of another architecture, or one that does not fill all of Qwen2-VL's part.
         """
-        config_dict, _ = Qwen2VLConfig.get_config_dict(pretrained_model_name_or_path)
-        if config_dict.get("model_type") != "qwen2_vl" or "vision_mamba_mixer_config" in config_dict:
-            raise ValueError(
-                f"{pretrained_model_name_or_path!r} is no Qwen2-VL checkpoint: its config.json says model_type "
-                f"{config_dict.get('model_type')!r}, expected 'qwen2_vl' without a Vamba mixer."
-            )
-        source = Qwen2VLConfig.from_dict(config_dict).to_dict()
-        source["text_config"].update(text_config or {})
-        for section in (source, source["text_config"], source["vision_config"]):
-            section.pop("model_type")
-        source.pop("architectures")
+        config = VambaConfig(**read_qwen2_vl_config(pretrained_model_name_or_path, text_config or {}))
         model, info = cls.from_pretrained(
-            pretrained_model_name_or_path, config=VambaConfig(**source), output_loading_info=True, **kwargs
+            pretrained_model_name_or_path, config=config, output_loading_info=True, **kwargs
         )
-        own_parts = (".cross_attn.", ".vision_mixer.", ".alpha")
-        missing = [key for key in sorted(info["missing_keys"]) if not any(part in key for part in own_parts)]
-        if missing or info["unexpected_keys"]:
-            raise ValueError(
-                f"{pretrained_model_name_or_path!r} does not fit Qwen2-VL: missing {missing[:8]}, unexpected "
-                f"{sorted(info['unexpected_keys'])[:8]}."
-            )
+        check_qwen2_vl_filled(pretrained_model_name_or_path, info)
         for layer in model.model.language_model.layers:
             copy_parameters(layer.self_attn, layer.cross_attn)
         return model
 
-    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor, **kwargs):
-        """See [`Qwen2VLModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
-
-    def get_video_features(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.LongTensor, **kwargs):
-        """See [`Qwen2VLModel.get_video_features`]."""
-        return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
-
-    @takes_cache
-    @torch.no_grad()
-    def encode_video(
-        self,
-        pixel_values_videos: torch.FloatTensor,
-        video_grid_thw: torch.LongTensor,
-        video_sample_ids: torch.LongTensor | None = None,
-        cache: VambaCache | None = None,
-        segment_frames: int = SEGMENT_FRAMES,
-        num_remaining_tokens: int = 0,
-        video_cache_implementation: str | None = None,
-    ) -> VambaCache:
-        r"""
-        Encodes videos without any text, or appends to videos encoded before (a live stream, or a long file in pieces).
-        Ask questions against the result with `generate(..., cache=cache.fork())`.
-
-        Args:
-            pixel_values_videos (`torch.FloatTensor` of shape `(num_patches, patch_dim)`):
-                Patches of the videos, on any device: a segment at a time moves to the model's.
-            video_grid_thw (`torch.LongTensor` of shape `(num_videos, 3)`):
-                Frames (in steps of `temporal_patch_size`), height and width of each video, in patches.
-            video_sample_ids (`torch.LongTensor` of shape `(num_videos,)`, *optional*):
-                The row that each video belongs to, for a cache of several rows. By default all are of one row, in
-                order.
-            cache ([`VambaCache`], *optional*): The cache to append to, in place.
-            segment_frames (`int`, *optional*, defaults to 64):
-                Frames that go through the model at once. Bounds the memory and changes the result by rounding only.
-            num_remaining_tokens (`int`, *optional*, defaults to 0):
-                Tokens of the video that further calls will append, as the segments of `iter_video_segments` say: the
-                memory of the cache is sized for them as well, and does not have to grow.
-            video_cache_implementation (`str`, *optional*):
-                How a new cache keeps the video: `"dynamic"` (the default), `"quantized"` in 8 bits, `"offloaded"` to
-                the host's memory, or `"offloaded_quantized"`. See [`VambaCache`].
-
-        Returns:
-            [`VambaCache`]: The cache given, or a new one. A call that fails, for want of memory for one, or that is
-            interrupted leaves the cache given as it was.
-
-        Raises:
-            ValueError: where patches, grids and rows do not match, or the cache keeps its videos in another way.
-        """
-        if not isinstance(num_remaining_tokens, int) or num_remaining_tokens < 0:
-            raise ValueError(f"`num_remaining_tokens` must be an integer of at least 0, got {num_remaining_tokens!r}.")
-        if not isinstance(segment_frames, int) or segment_frames < 1:
-            raise ValueError(f"`segment_frames` must be an integer of at least 1, got {segment_frames!r}.")
-        if cache is not None and not isinstance(cache, VambaCache):
-            raise TypeError(f"`cache` must be a VambaCache, got {type(cache).__name__}.")
-        if cache is None:
-            cache = VambaCache(self.config, video_cache_implementation=video_cache_implementation)
-        else:
-            cache.check_video_cache_implementation(video_cache_implementation)
-        rows_read = cache.rows
-        num_rows = max(1, len(cache.videos))
-        if video_sample_ids is not None:
-            check_tensor("video_sample_ids", video_sample_ids, False, ("number of videos",))
-            num_rows = max(num_rows, min(max([0, *video_sample_ids.tolist()]) + 1, MAX_ROWS))
-        media = group_media_by_row(
-            num_rows if rows_read is None else len(rows_read),
-            self.config.vision_config,
-            pixel_values_videos=pixel_values_videos,
-            video_grid_thw=video_grid_thw,
-            video_sample_ids=video_sample_ids,
-        )
-        self.model.encode_media(media, cache, segment_frames, num_remaining_tokens)
-        if rows_read is None and cache.rows == list(range(len(cache.videos))):
-            cache.rows = None  # no text has been read yet: any number of rows may come to read the video
-        return cache
+    get_image_features = Qwen2VLForConditionalGeneration.get_image_features
+    get_video_features = Qwen2VLForConditionalGeneration.get_video_features
 
     @checked_forward
     @can_return_tuple

@@ -3,13 +3,18 @@
 
 import functools
 
+import torch
 import transformers
 from transformers.generation import GenerationMixin
 
 from ..cache.cache import VambaCache
-from ..compat import CACHE_NAME, NEWEST_TESTED, OLDEST_TESTED, rename_cache
-from ..inputs.checks import check_prompt_goes_on
+from ..compat import CACHE_NAME, NEWEST_TESTED, OLDEST_TESTED, rename_cache, takes_cache
+from ..inputs.checks import check_prompt_goes_on, check_tensor
 from ..inputs.media import group_media_by_row, pop_media
+from ..layers.vision import SEGMENT_FRAMES
+
+
+MAX_ROWS = 2**16  # of a cache that is filled before any text comes: a larger row number is a mistake
 
 
 # Arguments of `generate` that it reads itself, and hands on with those of `forward`.
@@ -101,3 +106,71 @@ class VambaGenerationMixin(GenerationMixin):
         if cache.is_compileable and not cache.is_video_offloaded:
             cache.mark_static_videos()
         model_kwargs[CACHE_NAME] = cache
+
+    @takes_cache
+    @torch.no_grad()
+    def encode_video(
+        self,
+        pixel_values_videos: torch.FloatTensor,
+        video_grid_thw: torch.LongTensor,
+        video_sample_ids: torch.LongTensor | None = None,
+        cache: VambaCache | None = None,
+        segment_frames: int = SEGMENT_FRAMES,
+        num_remaining_tokens: int = 0,
+        video_cache_implementation: str | None = None,
+    ) -> VambaCache:
+        r"""
+        Encodes videos without any text, or appends to videos encoded before (a live stream, or a long file in pieces).
+        Ask questions against the result with `generate(..., cache=cache.fork())`.
+
+        Args:
+            pixel_values_videos (`torch.FloatTensor` of shape `(num_patches, patch_dim)`):
+                Patches of the videos, on any device: a segment at a time moves to the model's.
+            video_grid_thw (`torch.LongTensor` of shape `(num_videos, 3)`):
+                Frames (in steps of `temporal_patch_size`), height and width of each video, in patches.
+            video_sample_ids (`torch.LongTensor` of shape `(num_videos,)`, *optional*):
+                The row that each video belongs to, for a cache of several rows. By default all are of one row, in
+                order.
+            cache ([`VambaCache`], *optional*): The cache to append to, in place.
+            segment_frames (`int`, *optional*, defaults to 64):
+                Frames that go through the model at once. Bounds the memory and changes the result by rounding only.
+            num_remaining_tokens (`int`, *optional*, defaults to 0):
+                Tokens of the video that further calls will append, as the segments of `iter_video_segments` say: the
+                memory of the cache is sized for them as well, and does not have to grow.
+            video_cache_implementation (`str`, *optional*):
+                How a new cache keeps the video: `"dynamic"` (the default), `"quantized"` in 8 bits, `"offloaded"` to
+                the host's memory, or `"offloaded_quantized"`. See [`VambaCache`].
+
+        Returns:
+            [`VambaCache`]: The cache given, or a new one. A call that fails, for want of memory for one, or that is
+            interrupted leaves the cache given as it was.
+
+        Raises:
+            ValueError: where patches, grids and rows do not match, or the cache keeps its videos in another way.
+        """
+        if not isinstance(num_remaining_tokens, int) or num_remaining_tokens < 0:
+            raise ValueError(f"`num_remaining_tokens` must be an integer of at least 0, got {num_remaining_tokens!r}.")
+        if not isinstance(segment_frames, int) or segment_frames < 1:
+            raise ValueError(f"`segment_frames` must be an integer of at least 1, got {segment_frames!r}.")
+        if cache is not None and not isinstance(cache, VambaCache):
+            raise TypeError(f"`cache` must be a VambaCache, got {type(cache).__name__}.")
+        if cache is None:
+            cache = VambaCache(self.config, video_cache_implementation=video_cache_implementation)
+        else:
+            cache.check_video_cache_implementation(video_cache_implementation)
+        rows_read = cache.rows
+        num_rows = max(1, len(cache.videos))
+        if video_sample_ids is not None:
+            check_tensor("video_sample_ids", video_sample_ids, False, ("number of videos",))
+            num_rows = max(num_rows, min(max([0, *video_sample_ids.tolist()]) + 1, MAX_ROWS))
+        media = group_media_by_row(
+            num_rows if rows_read is None else len(rows_read),
+            self.config.vision_config,
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
+            video_sample_ids=video_sample_ids,
+        )
+        self.model.encode_media(media, cache, segment_frames, num_remaining_tokens)
+        if rows_read is None and cache.rows == list(range(len(cache.videos))):
+            cache.rows = None  # no text has been read yet: any number of rows may come to read the video
+        return cache

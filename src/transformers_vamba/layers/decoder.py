@@ -18,6 +18,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 from ..cache.layers import VambaVideoLayer
 from ..configuration_vamba import VambaTextConfig
 from ..inputs.checks import video_dtype_error
+from ..ops.flash_attention import attend_with_flash, prefers_flash
 from ..ops.quantized_attention import QuantizedStates, attend_quantized
 from ..parallel.gradient_checkpointing import plain_checkpoint, run_in_parts
 from ..parallel.sequence import attend_across_ranks, state_of_earlier_ranks
@@ -64,26 +65,7 @@ class VambaCrossAttention(Qwen2VLAttention):
             sequence_parallel_group (`ProcessGroup`, *optional*): The processes that hold a part of the video each.
         """
         query_states = self.q_proj(hidden_states).flatten(0, 1)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-
-        def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-            if sequence_parallel_group is not None:
-                output = attend_across_ranks(query, keys, values, self.scaling, sequence_parallel_group)
-                return output.transpose(1, 2)
-            attn_output, _ = attention_interface(
-                self,
-                query,
-                keys,
-                values,
-                None,
-                dropout=0.0 if not self.training else self.attention_dropout,
-                scaling=self.scaling,
-                is_causal=False,
-            )
-            return attn_output
-
+        attend = partial(self._attend, group=sequence_parallel_group)
         outputs = []
         for query, (_, keys, values) in zip(query_states.split([num_tokens for num_tokens, *_ in reads]), reads):
             if keys is None:
@@ -102,13 +84,30 @@ class VambaCrossAttention(Qwen2VLAttention):
             outputs.append(attn_output.reshape(-1, query_states.shape[-1]))
         return self.o_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view(hidden_states.shape)
 
+    def _attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: ProcessGroup | None
+    ) -> torch.Tensor:
+        """Of a query `(num_videos, num_heads, num_queries, head_dim)`; the output has its middle axes exchanged."""
+        if group is not None:
+            return attend_across_ranks(query, keys, values, self.scaling, group).transpose(1, 2)
+        if self.config._attn_implementation == "sdpa" and prefers_flash(query, keys, values):
+            return attend_with_flash(query, keys, values, self.scaling).transpose(1, 2)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        attn_output, _ = attention_interface(
+            self, query, keys, values, None, dropout=dropout, scaling=self.scaling, is_causal=False
+        )
+        return attn_output
+
 
 class VambaDecoderLayer(Qwen2VLDecoderLayer):
     """
     One layer of both streams (see [`modeling_vamba`] for the formula; its α is `alpha`).
 
-    The keys and values are of the video as it enters the layer. The last layer's mixer has weights in the checkpoint, but
-    nobody reads what it would give, so it does not run.
+    The keys and values are of the video as it enters the layer. The last layer's mixer has weights in the checkpoint,
+    but nobody reads what it would give, so it does not run.
     """
 
     def __init__(self, config: VambaTextConfig, layer_idx: int):

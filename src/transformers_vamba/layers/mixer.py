@@ -2,11 +2,13 @@
 """The Mamba-2 mixer that updates the video tokens, over any number of them."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.integrations import use_kernelized_func
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.mamba2.modeling_mamba2 import causal_conv1d_fn, mamba2_chunk_scan
@@ -80,6 +82,20 @@ class VambaMixer(nn.Module):
             self.intermediate_size, group_size=self.intermediate_size // self.n_groups, eps=1e-5
         )
         self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.mamba_proj_bias)
+
+    @torch.no_grad()
+    def reset_parameters(self, output_std: float) -> None:
+        """
+        Mamba-2's own initialisation: A uniform in [1, 16], the time step log-uniform in [0.001, 0.1] (through the
+        inverse of softplus), and a normal `out_proj` of this standard deviation.
+        """
+        init.copy_(self.A_log, torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16).log())
+        dt = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        dt = dt.clamp(min=1e-4)
+        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+        init.ones_(self.D)
+        init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5))
+        init.normal_(self.out_proj.weight, std=output_std)
 
     def use_kernels(self, device: torch.device) -> bool:
         """Whether tokens on `device` go through the CUDA kernels."""

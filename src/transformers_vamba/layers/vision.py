@@ -22,11 +22,14 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 from transformers.utils import is_triton_available, logging
 
-from ..inputs.media import Medium
+from ..inputs.media import Medium, split_into_segments
 from ..parallel.devices import execution_device
+from ..parallel.ranks import count_missing_runs, smallest_medium
 
 
 logger = logging.get_logger(__name__)
+
+SEGMENT_FRAMES = 64  # that go through the vision tower at once
 
 _compile = functools.cache(torch.compile)
 _cannot_compile: set[Callable] = set()
@@ -129,8 +132,26 @@ class VambaVisionModel(Qwen2VisionTransformerPretrainedModel):
             frame_length=math.prod(grids[0][1:]) if len(grids) == 1 else None,
         )
 
-    def encode_frozen(self, media: list[Medium]) -> torch.Tensor:
-        """The merged tokens, `(num_tokens, hidden_size)`, with a gradient for the merger alone, if it trains."""
+    def encode_with_gradient(self, media: list[Medium]) -> torch.Tensor:
+        """
+        The merged tokens, `(num_tokens, hidden_size)`, with a gradient for the pixels that take one and for the parts
+        of the tower that train. What is frozen keeps no activations: it runs one segment at a time, even if something
+        asks its input for a gradient (`enable_input_require_grads` does).
+        """
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        takes_gradient = any(pixels.requires_grad for pixels, _ in media)
+        if torch.is_grad_enabled() and (takes_gradient or not all(name.startswith("merger.") for name in trained)):
+            return self.encode_media(media).pooler_output
+        segments = list(split_into_segments(media, SEGMENT_FRAMES // self.config.temporal_patch_size))
+        num_segments = len(segments)
+        segments += [[smallest_medium(self.config)]] * count_missing_runs(self, num_segments, execution_device(self))
+        embeds = [self._encode_frozen(segment) for segment in segments]
+        # Nothing is read of those beyond the own segments, but the merger's backward pass runs for them as well.
+        embeds[num_segments:] = [unread[:0] for unread in embeds[num_segments:]]
+        return torch.cat(embeds)
+
+    def _encode_frozen(self, media: list[Medium]) -> torch.Tensor:
+        """The merged tokens, with a gradient for the merger alone, if it trains."""
         with torch.no_grad():
             outputs = self.encode_media(media)
         if not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.merger.parameters())):

@@ -155,17 +155,23 @@ def check_no_dropout(model: nn.Module) -> None:
 
 
 def check_stretches(
-    num_tokens: list[int], inputs_embeds: torch.Tensor, min_tokens: int, group: dist.ProcessGroup
+    num_tokens: list[int], inputs_embeds: torch.Tensor, has_cache: bool, min_tokens: int, group: dist.ProcessGroup
 ) -> None:
     """
-    Raises a `ValueError`, the same on every rank, where the ranks' inputs are not those of one sample. Waits for all.
+    Raises a `ValueError`, the same on every rank, if the ranks' inputs are not those of one sample. Waits for all.
 
     Args:
         num_tokens (`list[int]`): This rank's video tokens, of each row or packed sample.
         inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): This rank's text.
+        has_cache (`bool`): Whether a cache is given or asked for.
         min_tokens (`int`): The fewest tokens of a stretch.
         group (`ProcessGroup`): The ranks.
     """
+    if has_cache:
+        raise ValueError(
+            "Sequence parallelism keeps no cache: call `forward` without `cache` and `use_cache`, or end it with "
+            "`set_sequence_parallel_group(None)`."
+        )
     inputs = [len(num_tokens), inputs_embeds.shape[1], sum(num_tokens)]
     gathered = _Gather.apply(torch.tensor(inputs, device=inputs_embeds.device), group).tolist()
     samples, text_lengths, video_lengths = (list(numbers) for numbers in zip(*gathered))
