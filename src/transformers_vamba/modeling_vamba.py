@@ -56,7 +56,7 @@ from .conversion_mapping import (
     rename_published,
 )
 from .generation.generate import VambaGenerationMixin
-from .inputs.checks import check_no_media_expected, check_tensor, check_text
+from .inputs.checks import adapter_names_explained, check_no_media_expected, check_tensor, check_text
 from .inputs.media import Medium, count_tokens, group_media_by_row, split_into_segments
 from .inputs.packing import lengths_of_samples, split_marks, starts_of_samples
 from .inputs.text import make_masks, resolve_positions
@@ -379,10 +379,12 @@ class VambaModel(VambaPreTrainedModel):
         runs_together, use_cache = self._choose_way(is_packed, cache, use_cache)
         if any(media) and not runs_together:
             if not isinstance(cache, VambaCache):
-                cache = VambaCache(self.config, cache)
-            self.encode_media(media, cache)
+                cache = VambaCache.around(self.config, cache)
+            with adapter_names_explained():
+                self.encode_media(media, cache)
         elif any(media):
-            kwargs |= self._video_stream(media, text_lengths, is_packed)
+            with adapter_names_explained():
+                kwargs |= self._video_stream(media, text_lengths, is_packed)
         elif cache is None:
             check_no_media_expected(self.config, input_ids if self.training else None, mm_token_type_ids)
             if is_sharded(self) or (self.training and torch.is_grad_enabled() and is_distributed()):

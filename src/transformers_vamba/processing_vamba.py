@@ -39,6 +39,9 @@ class VambaProcessor(Qwen2VLProcessor):
             # Qwen2-VL's video processor from that: it samples no frames and takes `size` for numbers of pixels.
             shared = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
             video_processor = VambaVideoProcessor(**{name: getattr(image_processor, name) for name in shared})
+        if tokenizer is not None:
+            # Pipelines pad by themselves, and ask the tokenizer for the side.
+            tokenizer.padding_side = "left"
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
 
     def __call__(

@@ -61,11 +61,10 @@ class VambaCache(Cache):
         rows (`list[int | None]`, *optional*):
             Index in `videos` of the video that each row of the batch reads, `None` for a row without one. Unset until
             a batch of text has met the cache.
+        text_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            The text that `generate` has read and written last, of which the cache holds the beginning.
         is_read (`bool`): Whether a layer has read the videos since this was last set to `False`.
     """
-
-    def __new__(cls, config: PreTrainedConfig | None = None, text_cache: Cache | None = None, *args, **kwargs):
-        return super().__new__(VambaStaticCache if isinstance(text_cache, StaticCache) else cls)
 
     def __init__(
         self,
@@ -89,6 +88,16 @@ class VambaCache(Cache):
         self.videos: list[list[VambaVideoLayer]] = []
         self.rows: list[int | None] | None = None
         self.is_read = False
+        self.text_ids: torch.LongTensor | None = None
+
+    @classmethod
+    def around(
+        cls, config: PreTrainedConfig, text_cache: Cache | None, video_cache_implementation: str | None = None
+    ) -> "VambaCache":
+        """A cache that takes over the layers of a text cache; itself a [`StaticCache`] if that is one."""
+        if isinstance(text_cache, StaticCache):
+            cls = VambaStaticCache
+        return cls(config, text_cache, video_cache_implementation)
 
     def __repr__(self):
         return f"{type(self).__name__}(layers={self.layers}, video_lengths={self.video_lengths}, rows={self.rows})"
@@ -100,19 +109,12 @@ class VambaCache(Cache):
 
     @property
     def max_cache_len(self) -> int:
-        """
-        The most text that the cache holds, as `get_max_length`; asked by PEFT's prefix tuning alone, which then puts a
-        cache of its own in the place of this one.
-
-        Raises:
-            AttributeError: where there are videos, which would be lost.
-        """
-        if self.videos:
-            raise AttributeError(
-                "`generate` with prefix tuning would replace the cache and lose its videos. Use another adapter "
-                "(LoRA, prompt tuning), or generate about text alone."
-            )
+        """The most text that the cache holds, like `get_max_length`, under the name by which PEFT asks for it."""
         return self.get_max_length()
+
+    def read_ids(self) -> torch.LongTensor | None:
+        """The tokens of text that the cache holds, `(batch_size, sequence_length)`, as far as they are known."""
+        return None if self.text_ids is None else self.text_ids[:, : self.get_seq_length()]
 
     def add_video(self) -> int:
         """Makes room for one more video and returns its index in `videos`."""
@@ -286,11 +288,13 @@ class VambaCache(Cache):
         fork.rows = None if self.rows is None else list(self.rows)
         return fork
 
-    def to(self, device: torch.device | str) -> "VambaCache":
+    def to(self, device: torch.device | str | None) -> "VambaCache":
         """
-        Moves the cache to a device, in place, and returns it. Videos that are offloaded stay in the host's memory, and
-        are read on that device from then on.
+        Moves the cache to a device, in place, and returns it; `None` and its own device leave it as it is. Videos that
+        are offloaded stay in the host's memory, and are read on that device from then on.
         """
+        if device is None:
+            return self
         for layer in self.layers:
             for name, value in vars(layer).items():
                 if isinstance(value, torch.Tensor):
@@ -298,13 +302,13 @@ class VambaCache(Cache):
             if layer.is_initialized:
                 layer.device = layer.keys.device
         for layer in itertools.chain(*self.videos):
-            layer.load_state_dict(layer.state_dict(), torch.device(device))
+            layer.to(torch.device(device))
         return self
 
     def reset(self) -> None:
         """Forgets the text and the videos."""
         super().reset()
-        self.videos, self.rows = [], None
+        self.videos, self.rows, self.text_ids = [], None, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -316,10 +320,12 @@ class VambaCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
+        self.text_ids = None
         if self.rows is not None:
             self.rows = [row for row in self.rows for _ in range(repeats)]
 
     def _select_rows(self, indices: torch.Tensor) -> None:
+        self.text_ids = None
         # Where all rows read the same video, as beams do, there is nothing to look up on the device.
         if self.rows is not None and (len(set(self.rows)) > 1 or len(indices) != len(self.rows)):
             self.rows = [self.rows[index] for index in torch.arange(len(self.rows))[indices.cpu()].tolist()]

@@ -2,15 +2,19 @@
 """`generate` for a model whose videos are encoded once, into the cache, before anything is repeated."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import transformers
+from torch import nn
 from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput
 
 from ..cache.cache import VambaCache
 from ..compat import CACHE_NAME, NEWEST_TESTED, OLDEST_TESTED, rename_cache, takes_cache
-from ..inputs.checks import check_prompt_goes_on, check_tensor
-from ..inputs.media import group_media_by_row, pop_media
+from ..inputs.checks import check_prompt_goes_on, check_prompt_repeats, check_tensor
+from ..inputs.media import Medium, drop_grids_without_pixels, group_media_by_row, pop_media
 from ..layers.vision import SEGMENT_FRAMES
 
 
@@ -21,10 +25,38 @@ MAX_ROWS = 2**16  # of a cache that is filled before any text comes: a larger ro
 _READ_BY_GENERATE = ("tokenizer", "assistant_tokenizer")
 
 
+@contextmanager
+def checkpointing_paused(model: nn.Module) -> Iterator[None]:
+    """
+    Turns gradient checkpointing off within the block. Before Transformers 5.24 a checkpointed layer drops its cache in
+    training mode, also if there is no gradient, and the tokens that are generated would not know what came before.
+    """
+    paused = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in paused:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in paused:
+            module.gradient_checkpointing = True
+
+
 class VambaGenerationMixin(GenerationMixin):
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
-        return super().generate(*args, **rename_cache(kwargs))
+        kwargs = rename_cache(kwargs)
+        with checkpointing_paused(self):
+            outputs = super().generate(*args, **kwargs)
+        is_dict = isinstance(outputs, ModelOutput)
+        cache = outputs.get(CACHE_NAME) if is_dict else kwargs.get(CACHE_NAME)
+        if not isinstance(cache, VambaCache):
+            return outputs
+        if cache.get_seq_length() > 0:
+            cache.text_ids = outputs.sequences if is_dict else outputs
+        elif is_dict:
+            # With `use_cache=False` it has served for the videos alone.
+            return type(outputs)(**{name: value for name, value in outputs.items() if name != CACHE_NAME})
+        return outputs
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args, **kwargs):
@@ -35,19 +67,30 @@ class VambaGenerationMixin(GenerationMixin):
         return rename_cache(inputs, "past_key_values")
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        # An answer from another cache than this would be nonsense, without a word.
         cache = model_kwargs.get(CACHE_NAME)
-        has_videos = isinstance(cache, VambaCache) and any(row is not None for row in cache.rows or ())
-        if has_videos:
-            cache.is_read = False
+        if not isinstance(cache, VambaCache):
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        if input_ids.shape[1] == self._prompt_length(generation_config, model_kwargs):
+            check_prompt_repeats(cache.read_ids(), input_ids, model_kwargs.get("attention_mask"))
+            cache.text_ids = input_ids
+        cache.is_read = False
         outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        if has_videos and not cache.is_read:
+        # An answer from another cache than this would be nonsense, without a word.
+        if not cache.is_read and any(row is not None for row in cache.rows or ()):
             raise RuntimeError(
-                f"The decoder has not read the videos of the cache that `generate` prepared as `{CACHE_NAME}`: this "
-                f"version of Transformers ({transformers.__version__}) hands it on in another way. Install "
-                f"Transformers {OLDEST_TESTED} to {NEWEST_TESTED}."
+                f"The decoder has not read the videos of the cache that `generate` has prepared as `{CACHE_NAME}`. "
+                "Something has put another cache in its place, as prefix tuning with PEFT does: use another adapter "
+                f"(LoRA, prompt tuning). Or Transformers {transformers.__version__} hands it on in another way: "
+                f"install version {OLDEST_TESTED} to {NEWEST_TESTED}."
             )
         return outputs
+
+    @staticmethod
+    def _prompt_length(generation_config, model_kwargs) -> int | None:
+        """Tokens of the prompt, those that the cache holds among them; `None` if that is not known."""
+        mask = model_kwargs.get("attention_mask")
+        # A mask of ones is dropped by Transformers, which notes its length.
+        return getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
 
     def _expand_inputs_for_generation(self, *args, **model_kwargs):
         # Beams and samples share their images and videos, which go into the cache before anything is repeated.
@@ -63,41 +106,34 @@ class VambaGenerationMixin(GenerationMixin):
         # Bringing videos from the host's memory cannot be part of a CUDA graph, and takes longer than one would save.
         cache = model_kwargs.get(CACHE_NAME)
         is_offloaded = isinstance(cache, VambaCache) and cache.is_video_offloaded
-        return not is_offloaded and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        # Accelerate's hooks, which bring tensors from one device to the next, compile anew for each layer.
+        is_spread = len(set(getattr(self, "hf_device_map", {}).values())) > 1
+        can_compile = not is_offloaded and not is_spread
+        return can_compile and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         encoded = model_kwargs.get(CACHE_NAME)
         implementation = model_kwargs.pop("video_cache_implementation", None)
-        # Where the mask is all ones, Transformers drops it and notes its length.
-        mask = model_kwargs.get("attention_mask")
-        length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
-        past_length = 0
+        prompt_length = self._prompt_length(generation_config, model_kwargs)
         if isinstance(encoded, VambaCache):
-            past_length = encoded.get_seq_length()
-            check_prompt_goes_on(past_length, length)
+            check_prompt_goes_on(encoded.get_seq_length(), prompt_length)
             encoded.check_video_cache_implementation(implementation)
             implementation = encoded.video_cache_implementation
-            if past_length == 0 and generation_config.cache_implementation is not None:
+            if encoded.get_seq_length() == 0 and generation_config.cache_implementation is not None:
                 # A cache with videos alone leaves open which kind of cache the text gets.
                 del model_kwargs[CACHE_NAME]
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        media_inputs = pop_media(model_kwargs)
-        media = group_media_by_row(batch_size, self.config.vision_config, **media_inputs)
-        marks = media_inputs.get("mm_token_type_ids")
-        if past_length and marks is not None:
-            # The prompt of a conversation that goes on brings the media of its earlier turns, which the cache holds.
-            start = 0 if length is None else length - marks.shape[1]  # it may bring the new tokens alone
-            num_held = marks[:, : max(past_length - start, 0)].count_nonzero(dim=1).tolist()
-            media = [row_media[num:] for row_media, num in zip(media, num_held)]
+        past_length = encoded.get_seq_length() if isinstance(encoded, VambaCache) else 0
+        media = self._take_new_media(model_kwargs, batch_size, past_length, prompt_length)
         cache = model_kwargs.get(CACHE_NAME)
         if cache is None and not any(media):
             return
         if not isinstance(cache, VambaCache):
-            cache = VambaCache(self.config, cache, implementation)
+            cache = VambaCache.around(self.config, cache, implementation)
             if isinstance(encoded, VambaCache):
                 cache.videos, cache.rows = encoded.videos, encoded.rows
         self.model.encode_media(media, cache)
@@ -106,6 +142,24 @@ class VambaGenerationMixin(GenerationMixin):
         if cache.is_compileable and not cache.is_video_offloaded:
             cache.mark_static_videos()
         model_kwargs[CACHE_NAME] = cache
+
+    def _take_new_media(
+        self, model_kwargs: dict, batch_size: int, past_length: int, prompt_length: int | None
+    ) -> list[list[Medium]]:
+        """
+        Takes the images and videos out of the arguments, and returns those of each row that the cache does not hold: a
+        prompt that goes on after `past_length` tokens may bring the media of its earlier turns, or their grids alone.
+        """
+        inputs = pop_media(model_kwargs)
+        if past_length:
+            inputs = drop_grids_without_pixels(inputs)
+        media = group_media_by_row(batch_size, self.config.vision_config, **inputs)
+        marks = inputs.get("mm_token_type_ids")
+        if not past_length or marks is None or not any(media):
+            return media
+        start = 0 if prompt_length is None else prompt_length - marks.shape[1]  # it may bring the new tokens alone
+        num_held = marks[:, : max(past_length - start, 0)].count_nonzero(dim=1).tolist()
+        return [row_media[num:] for row_media, num in zip(media, num_held)]
 
     @takes_cache
     @torch.no_grad()

@@ -31,6 +31,14 @@ def pop_media(model_kwargs: dict) -> dict:
     return {name: model_kwargs.pop(name) for name in MEDIA_INPUTS if name in model_kwargs}
 
 
+def drop_grids_without_pixels(inputs: dict) -> dict:
+    """The inputs without those that describe media whose pixels are gone."""
+    for pixels, *descriptions in (MEDIA_INPUTS[:3], MEDIA_INPUTS[3:6]):
+        if inputs.get(pixels) is None:
+            inputs = {name: value for name, value in inputs.items() if name not in descriptions}
+    return inputs
+
+
 def count_patch_values(vision_config: Qwen2VLVisionConfig) -> int:
     """The number of pixel values in a patch, `patch_dim`."""
     return vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2

@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 
 from ..cache.layers import VambaVideoLayer
 from ..configuration_vamba import VambaTextConfig
-from ..inputs.checks import video_dtype_error
+from ..inputs.checks import video_device_error, video_dtype_error
 from ..ops.flash_attention import attend_with_flash, prefers_flash
 from ..ops.quantized_attention import QuantizedStates, attend_quantized
 from ..parallel.gradient_checkpointing import plain_checkpoint, run_in_parts
@@ -73,6 +73,8 @@ class VambaCrossAttention(Qwen2VLAttention):
                 continue
             if keys.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
                 raise video_dtype_error(keys.dtype, query.dtype, "read")
+            if keys.device != query.device:
+                raise video_device_error(keys.device, query.device, "read")
             # (num_videos, num_key_value_heads, num_tokens, heads that share a key, head_dim)
             heads_per_key = self.num_heads // self.num_key_value_heads
             query = query.reshape(keys.shape[0], -1, keys.shape[1], heads_per_key, self.head_dim).transpose(1, 2)
