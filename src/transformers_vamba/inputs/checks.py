@@ -111,8 +111,8 @@ def adapter_names_explained() -> Iterator[None]:
         if "adapter_names" not in str(error):
             raise
         raise ValueError(
-            "PEFT cannot mix adapters in a batch with images or videos, whose tokens go through the same layers as the "
-            "text and belong to no row: leave `adapter_names` out and use one adapter at a time, by `set_adapter`. "
+            "PEFT cannot mix adapters in a batch with images or videos, whose tokens go through the text's layers "
+            "and belong to no row. Leave `adapter_names` out and use one adapter at a time, by `set_adapter`. "
             f"({error})"
         ) from error
 
