@@ -30,21 +30,21 @@ class VambaVideoLayer:
     other_tensors = ()
 
     def __init__(self, offloading: bool = False):
-        self._mixer_state: MambaState | None = None
+        self._mixer_state: tuple[torch.Tensor, ...] = ()
         self._storage = HostStorage() if offloading else DeviceStorage()
 
     @property
     def mixer_state(self) -> MambaState | None:
         """The state after the last token, `None` before there is one."""
-        state = self._mixer_state
-        if state is not None and state.conv.is_inference() and not torch.is_inference_mode_enabled():
+        if self._mixer_state and self._mixer_state[0].is_inference() and not torch.is_inference_mode_enabled():
             # Autograd takes no tensor that was made in inference mode.
-            self._mixer_state = MambaState(*(tensor.clone() for tensor in state))
-        return self._mixer_state
+            self._mixer_state = tuple(tensor.clone() for tensor in self._mixer_state)
+        return MambaState(*self._mixer_state) if self._mixer_state else None
 
     @mixer_state.setter
     def mixer_state(self, state: MambaState | None) -> None:
-        self._mixer_state = state
+        # Transformers' exporters rebuild tuples from an iterator, which a named one does not take.
+        self._mixer_state = tuple(state or ())
 
     @property
     def keys(self) -> torch.Tensor:
