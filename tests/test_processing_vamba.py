@@ -349,9 +349,14 @@ def test_checkpoint_that_describes_only_an_image_processor(processor, tmp_path, 
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(description))
     loaded = VambaProcessor.from_pretrained(tmp_path)
     assert type(loaded.image_processor) is Qwen2VLImageProcessor
-    assert loaded.video_processor.to_dict() == VambaVideoProcessor(image_mean=[0.5, 0.5, 0.5]).to_dict()
+    expected = VambaVideoProcessor(image_mean=[0.5, 0.5, 0.5], max_pixels=12845056)
+    assert loaded.video_processor.to_dict() == expected.to_dict()
     outputs = apply(loaded, user(Path(video_file), "What?"), num_frames=4)
     assert outputs["video_grid_thw"].tolist() == [[2, 18, 18]]
+    # A large frame stays as large as an image would.
+    large = np.zeros((2, 1280, 1280, 3), np.uint8)
+    outputs = loaded(videos=[large], size={"shortest_edge": 128, "longest_edge": 1280}, return_tensors="pt")
+    assert outputs["video_grid_thw"].tolist() == [[1, 92, 92]]
 
 
 def test_video_processor_of_qwen2_vl_is_replaced(image_processor, tokenizer):

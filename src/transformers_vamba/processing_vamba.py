@@ -38,7 +38,11 @@ class VambaProcessor(Qwen2VLProcessor):
             # The published checkpoint and Qwen2-VL's describe only an image processor, and Transformers makes
             # Qwen2-VL's video processor from that: it samples no frames and takes `size` for numbers of pixels.
             shared = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
-            video_processor = VambaVideoProcessor(**{name: getattr(image_processor, name) for name in shared})
+            video_processor = VambaVideoProcessor(
+                **{name: getattr(image_processor, name) for name in shared},
+                min_pixels=image_processor.size["shortest_edge"],
+                max_pixels=image_processor.size["longest_edge"],
+            )
         if tokenizer is not None:
             # Pipelines pad by themselves, and ask the tokenizer for the side.
             tokenizer.padding_side = "left"

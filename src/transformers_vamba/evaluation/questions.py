@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers to many questions about many videos, each video encoded once."""
 
+import copy
 import hashlib
 import itertools
 import json
@@ -8,10 +9,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import BatchFeature
@@ -19,11 +22,13 @@ from transformers.utils import logging
 
 from ..cache.cache import VambaCache
 from ..video.reading import is_remote, local_path
+from .frames import EvaluationVideoProcessor
 
 
 logger = logging.get_logger(__name__)
 
 MAX_NEW_TOKENS = 512  # the published evaluation's, where a task says nothing
+LARGEST_EDGE = 2**31 - 1  # in pixels, of no video
 
 
 class VideoSettings(NamedTuple):
@@ -32,19 +37,24 @@ class VideoSettings(NamedTuple):
 
     Args:
         num_frames (`int`, *optional*), fps (`float`, *optional*): Their number, or how many a second: one of the two.
-        shortest_edge (`int`), longest_edge (`int`): Bounds of the edges of a frame, in pixels.
+        shortest_edge (`int`, *optional*), longest_edge (`int`, *optional*):
+            Bounds of the edges of a frame, in pixels. Without one, an edge stays as it is on that side.
+        repeat (`bool`, *optional*, defaults to `False`):
+            Whether there are always `num_frames`, those of a shorter video several times.
     """
 
     num_frames: int | None
     fps: float | None
-    shortest_edge: int
-    longest_edge: int
+    shortest_edge: int | None
+    longest_edge: int | None
+    repeat: bool = False
 
     @property
     def videos_kwargs(self) -> dict:
         """The same as arguments of the video processor."""
         sampling = {"num_frames": self.num_frames} if self.fps is None else {"fps": self.fps}
-        return sampling | {"size": {"shortest_edge": self.shortest_edge, "longest_edge": self.longest_edge}}
+        size = {"shortest_edge": self.shortest_edge or 1, "longest_edge": self.longest_edge or LARGEST_EDGE}
+        return sampling | {"size": size}
 
 
 @dataclass
@@ -126,10 +136,12 @@ class VideoQuestionAnswering:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         self.model = model
-        self.processor = processor
+        self.processor = copy.copy(processor)
+        video_processor = processor.video_processor.to_dict()
+        self.processor.video_processor = EvaluationVideoProcessor.from_dict(video_processor)
         self.batch_size = batch_size
         self.video_cache = None if video_cache is None else Path(video_cache)
-        self.fingerprint = None if video_cache is None else _fingerprint(model, processor)
+        self.fingerprint = None if video_cache is None else _fingerprint(model, self.processor)
 
     def answer(self, prompts: Sequence[Prompt], progress: bool = False) -> list[Answer]:
         """Generates an answer to each prompt. `progress` shows a bar."""
@@ -148,13 +160,9 @@ class VideoQuestionAnswering:
             `UnreadableVideoError`: for a video that is missing or cannot be read.
         """
         folder = None if self.video_cache is None else self.video_cache / self._name(videos, settings)
-        if folder is not None and folder.exists():
-            try:
-                return VambaCache.from_pretrained(folder, device=self.model.device)
-            except (OSError, ValueError) as error:
-                logger.warning(f"A processed video is made anew: {error}")
-                shutil.rmtree(folder)
-        cache = None
+        cache = None if folder is None else self._load(folder)
+        if cache is not None:
+            return cache
         for video in videos:
             for segment in self._read(video, settings):
                 cache = self.model.encode_video(**segment, cache=cache)
@@ -162,11 +170,36 @@ class VideoQuestionAnswering:
             _save(cache, folder)
         return cache
 
+    def _load(self, folder: Path) -> VambaCache | None:
+        """The processed video in a folder, or `None` if there is none. A damaged one is removed."""
+        if not os.path.lexists(folder):
+            return None
+        try:
+            cache = VambaCache.from_pretrained(folder, device=self.model.device)
+            cache.check_fits(self.model.config.get_text_config())
+            _check_whole(cache)
+            return cache
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # damage has no end of forms: a folder that is none, JSON of another shape
+            logger.warning(f"The processed video in {str(folder)!r} is made anew: {type(error).__name__}: {error}")
+            _remove(folder)
+            return None
+
     def _read(self, video: str, settings: VideoSettings) -> Iterator[BatchFeature]:
         try:
-            yield from self.processor.iter_video_segments(video, progress=False, **settings.videos_kwargs)
+            source, videos_kwargs = self._source(video, settings)
+            yield from self.processor.iter_video_segments(source, progress=False, **videos_kwargs)
         except (OSError, ValueError) as error:
             raise UnreadableVideoError(f"{type(error).__name__}: {error}") from error
+
+    def _source(self, video: str, settings: VideoSettings) -> tuple[str | np.ndarray, dict]:
+        """What to read as a video, its path or its frames, and the arguments of the video processor."""
+        videos_kwargs = settings.videos_kwargs
+        if not settings.repeat or settings.fps is not None:
+            return video, videos_kwargs
+        frames = self.processor.video_processor.read_repeated(video, videos_kwargs.pop("num_frames"))
+        return frames, videos_kwargs | {"do_sample_frames": False}
 
     def _name(self, videos: Sequence[str], settings: VideoSettings) -> str:
         """Name of the folder of processed videos, which changes with all that changes them."""
@@ -227,14 +260,17 @@ class VideoQuestionAnswering:
 
     def _preprocess(self, prompts: list[Prompt]) -> BatchFeature:
         """The text of prompts and the pixels of their images and videos."""
-        images, videos = ([prompt.media(kind) for prompt in prompts] for kind in ("image", "video"))
+        settings = prompts[0].settings
+        images = [prompt.media("image") for prompt in prompts]
+        videos = [[self._source(video, settings) for video in prompt.media("video")] for prompt in prompts]
+        videos_kwargs = next((kwargs for row in videos for _, kwargs in row), {})
         return self.processor(
             images=images if any(images) else None,
             text=self._texts(prompts),
-            videos=videos if any(videos) else None,
+            videos=[[source for source, _ in row] for row in videos] if any(videos) else None,
             padding=True,
             return_tensors="pt",
-            videos_kwargs=prompts[0].settings.videos_kwargs,
+            videos_kwargs=videos_kwargs,
         )
 
     def _generate(self, prompts: list[Prompt], inputs: BatchFeature, cache: VambaCache | None) -> list[Answer]:
@@ -258,13 +294,25 @@ class VideoQuestionAnswering:
         position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         logits = self.model(**inputs, position_ids=position_ids, cache=cache).logits
         answers = []
-        for prompt, row, row_logits in zip(prompts, inputs["input_ids"], logits, strict=True):
-            length = len(self.processor.tokenizer(prompt.continuation).input_ids)
+        for prompt, row, mask, row_logits in zip(
+            prompts, inputs["input_ids"], inputs["attention_mask"], logits, strict=True
+        ):
+            length = self._continuation_length(prompt, row[mask.bool()].tolist())
+            if not length:
+                answers.append(Answer(error="ValueError: The answer to score is empty."))
+                continue
             log_probabilities = row_logits[-length - 1 : -1].float().log_softmax(-1)
             tokens = row[-length:, None]
             loss = -log_probabilities.gather(-1, tokens).mean()
             answers.append(Answer(loss=loss.item(), is_greedy=torch.equal(log_probabilities.argmax(-1), tokens[:, 0])))
         return answers
+
+    def _continuation_length(self, prompt: Prompt, ids: list[int]) -> int:
+        """How many of a prompt's tokens are its continuation's: those after the first that it changes."""
+        (text,) = self._texts([replace(prompt, continuation="")])
+        text = text.replace(self.processor.image_token, "").replace(self.processor.video_token, "")
+        question_ids = self.processor.tokenizer(text).input_ids
+        return len(ids) - len(os.path.commonprefix([question_ids, ids]))
 
 
 def _fingerprint(model, processor) -> bytes:
@@ -276,6 +324,23 @@ def _fingerprint(model, processor) -> bytes:
         if not parameter.is_meta:
             digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
     return digest.digest()
+
+
+def _check_whole(cache: VambaCache) -> None:
+    """Raises a `ValueError` unless a cache is of one prompt's videos, as long in each of the decoder layers."""
+    layers = list(itertools.chain(*cache.videos))
+    kept = [[layer.state_dict()[name] for name in layer.token_tensors] for layer in layers]
+    forms = {tuple((tensor.shape, tensor.dtype) for tensor in tensors) for tensors in kept}
+    if len(cache.videos) != 1 or len(forms) != 1 or cache.rows is not None:
+        lengths = [layer.get_seq_length() for layer in layers]
+        raise ValueError(f"expected one video, the same in all layers, got {len(cache.videos)} of lengths {lengths}")
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, or what has taken its place. What cannot be removed stays."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        folder.unlink()
 
 
 def _save(cache: VambaCache, folder: Path) -> None:

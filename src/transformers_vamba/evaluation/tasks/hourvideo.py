@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HourVideo: five-way questions about egocentric videos of 20 to 120 minutes. See `hourvideo.yaml`."""
+"""HourVideo: five-way questions about egocentric videos of 20 to 120 minutes. See `vamba_hourvideo.yaml`."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 from loguru import logger
 
-from transformers_vamba.evaluation.multiple_choice import accuracy_of
+from transformers_vamba.evaluation.multiple_choice import SELECT, accuracy_of, respond_with
 
 
 FOLDER = Path(os.getenv("HF_HOME", "~/.cache/huggingface")).expanduser() / "hourvideo"
@@ -35,15 +35,8 @@ def doc_to_visual(doc: dict) -> list[str]:
 
 
 def doc_to_text(doc: dict) -> str:
-    return "\n".join(
-        [
-            "Select the best answer to the following multiple-choice question based on the video.",
-            doc["question"],
-            doc["mcq_test"],
-            "Respond with only the letter (A, B, C, D, or E) of the correct option.",
-        ]
-    )
+    return "\n".join([SELECT, doc["question"], doc["mcq_test"], respond_with(5)])
 
 
 def process_results(doc: dict, results: list[str]) -> dict[str, float]:
-    return accuracy_of(results[0], doc["correct_answer_label"], doc["mcq_test"])
+    return accuracy_of(results[0], doc["correct_answer_label"]) if doc["mcq_test"] else {"accuracy": 0.0}
