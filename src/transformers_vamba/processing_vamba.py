@@ -20,6 +20,30 @@ from .video_processing_vamba import VambaVideoProcessor
 
 MEDIUM_TYPE_IDS = {"image": 1, "video": 2}
 
+# Qwen2-VL's, in which Vamba was trained: for a folder that has none, as older versions of Transformers saved it.
+CHAT_TEMPLATE = """\
+{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}\
+{% for message in messages %}\
+{% if loop.first and message['role'] != 'system' %}<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif %}\
+<|im_start|>{{ message['role'] }}
+{% if message['content'] is string %}{{ message['content'] }}<|im_end|>
+{% else %}\
+{% for content in message['content'] %}\
+{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}\
+{% set image_count.value = image_count.value + 1 %}\
+{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>\
+{% elif content['type'] == 'video' or 'video' in content %}\
+{% set video_count.value = video_count.value + 1 %}\
+{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>\
+{% elif 'text' in content %}{{ content['text'] }}{% endif %}\
+{% endfor %}<|im_end|>
+{% endif %}\
+{% endfor %}\
+{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
 
 class VambaProcessor(Qwen2VLProcessor):
     r"""
@@ -27,7 +51,7 @@ class VambaProcessor(Qwen2VLProcessor):
 
     Vamba reads images and videos by cross-attention, so the placeholder of each, `<|image_pad|>` or `<|video_pad|>`,
     is taken out of the text and `<|vision_start|><|vision_end|>` remains. Which row and which place an image or a
-    video has is returned beside the text.
+    video has is returned beside the text. Without a chat template of its own it takes the tokenizer's, or Qwen2-VL's.
     """
 
     vision_start_token = "<|vision_start|>"
@@ -46,6 +70,7 @@ class VambaProcessor(Qwen2VLProcessor):
         if tokenizer is not None:
             # Pipelines pad by themselves, and ask the tokenizer for the side.
             tokenizer.padding_side = "left"
+        chat_template = chat_template or getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
 
     def __call__(

@@ -3,25 +3,19 @@
 
 import copy
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from ..configuration_vamba import VambaTextConfig
 from ..ops.quantized_attention import QuantizedStates
 from .layers import VambaVideoLayer, resolve_implementation
+from .saving import SavedVideos, load_videos, save_videos
 
 
-CACHE_CONFIG_NAME = "cache_config.json"
 # What a model and a cache must have in common.
 _FIELDS_THAT_FIT = (
     "hidden_size",
@@ -205,27 +199,8 @@ class VambaCache(Cache):
         Args:
             save_directory (`str` or `os.PathLike`): The folder, made where it is missing.
         """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = None if self.rows is not None and set(self.rows) == {0} else self.rows
-        content = {
-            "num_videos": len(self.videos),
-            "rows": rows,
-            "video_cache_implementation": self.video_cache_implementation,
-            "text_config": self.config.to_dict(),
-        }
-        # What is there already may be what this cache reads, and stays whole until the last file is written.
-        with TemporaryDirectory(dir=folder, prefix=".saving-") as new_folder:
-            for layer_idx, layers in enumerate(zip(*self.videos)):
-                tensors = {
-                    f"{video}.{name}": tensor.contiguous()
-                    for video, layer in enumerate(layers)
-                    for name, tensor in layer.state_dict().items()
-                }
-                save_file(tensors, Path(new_folder) / f"layer-{layer_idx:05d}.safetensors")
-            (Path(new_folder) / CACHE_CONFIG_NAME).write_text(json.dumps(content, indent=2, default=str) + "\n")
-            for path in Path(new_folder).iterdir():
-                path.replace(folder / path.name)
+        videos = SavedVideos(self.videos, self.rows, self.video_cache_implementation)
+        save_videos(save_directory, self.config, videos)
 
     @classmethod
     def from_pretrained(
@@ -246,34 +221,11 @@ class VambaCache(Cache):
 
         Raises:
             `FileNotFoundError`: where there is no such folder, or one without a processed video.
-            `ValueError`: for a file that is damaged.
+            `ValueError`: for files that are damaged, of different saves, or do not hold the same videos.
         """
-        folder = Path(save_directory)
-        if not (folder / CACHE_CONFIG_NAME).is_file():
-            raise FileNotFoundError(f"Expected a folder with a {CACHE_CONFIG_NAME}, got {str(folder)!r}.")
-        content = json.loads((folder / CACHE_CONFIG_NAME).read_text())
-        saved_as = content["video_cache_implementation"]
-        cache = cls(
-            VambaTextConfig(**content["text_config"]),
-            video_cache_implementation=video_cache_implementation or saved_as,
-        )
-        layer_class, offloading = cache._video_layer_class, cache.is_video_offloaded
-        saved_class, _ = resolve_implementation(saved_as)
-        device = torch.device(device)
-        cache.videos = [[] for _ in range(content["num_videos"])]
-        cache.rows = content["rows"]
-        for layer_idx in range(cache.config.num_hidden_layers if cache.videos else 0):
-            path = folder / f"layer-{layer_idx:05d}.safetensors"
-            try:
-                tensors = load_file(path, device="cpu" if offloading else str(device))
-                for video, layers in enumerate(cache.videos):
-                    prefix = f"{video}."
-                    states = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-                    layer = saved_class(offloading)
-                    layer.load_state_dict(states, device)
-                    layers.append(layer if saved_class is layer_class else layer_class.convert(layer, offloading))
-            except (SafetensorError, KeyError) as error:
-                raise ValueError(f"The processed video is damaged: {str(path)!r} ({error}).") from error
+        config, saved = load_videos(save_directory, torch.device(device), video_cache_implementation)
+        cache = cls(config, video_cache_implementation=saved.implementation)
+        cache.videos, cache.rows = saved.videos, saved.rows
         return cache
 
     def fork(self) -> "VambaCache":
