@@ -76,6 +76,8 @@ class VambaDistillationTrainer(VambaTrainer):
             top_k_values, top_k_indices = self._ask_teacher(inputs, distilled)
         else:
             distilled = labels != -100
+            if not distilled.any():  # rows that could not be read
+                inputs["top_k_values"] = inputs["top_k_indices"] = labels.new_zeros(0, self.top_k)
             if "top_k_values" not in inputs or "top_k_indices" not in inputs:
                 raise ValueError(
                     "Distillation without a teacher needs `top_k_values` and `top_k_indices` in the batch, got "
@@ -96,6 +98,7 @@ class VambaDistillationTrainer(VambaTrainer):
             num_items_in_batch = (targets != -100).sum()
             if self.rows_weigh_equally and self.model.training:
                 num_items_in_batch = num_items_in_batch * self.current_gradient_accumulation_steps
+        num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         loss = F.cross_entropy(outputs.logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
         divergence = distillation_loss(outputs.logits[distilled], top_k_values, top_k_indices, num_items_in_batch)
         return loss / num_items_in_batch + self.distill_coeff * divergence
