@@ -85,6 +85,11 @@ class VambaPreTrainedModel(Qwen2VLPreTrainedModel):
     _no_split_modules = ["VambaDecoderLayer", "Qwen2VLVisionBlock"]
     _skip_keys_device_placement = list(CACHE_NAMES)
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """As of Transformers, which warns of this name since 5.24. PEFT and TRL still ask by it."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
     def _set_gradient_checkpointing(
         self,
         enable: bool = True,
