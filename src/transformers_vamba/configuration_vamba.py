@@ -30,9 +30,13 @@ class VambaTextConfig(Qwen2VLTextConfig):
         mamba_expand (`int`, *optional*, defaults to 2): The mixer's inner width as a multiple of `hidden_size`.
         mamba_d_head (`int`, *optional*, defaults to 64): Channels per SSM head; divides the inner width.
         mamba_n_groups (`int`, *optional*, defaults to 1): Groups that share B and C; divides the number of SSM heads.
-        mamba_chunk_size (`int`, *optional*, defaults to 256): Tokens per chunk of the scan. Changes no result.
+        mamba_chunk_size (`int`, *optional*, defaults to 256): Tokens per chunk of the scan, in the
+            published code. Ours chooses its own. Changes no result.
         mamba_conv_bias (`bool`, *optional*, defaults to `True`): Whether the convolution has a bias.
         mamba_proj_bias (`bool`, *optional*, defaults to `False`): Whether `in_proj` and `out_proj` have biases.
+        mamba_implementation (`str`, *optional*):
+            What computes the mixers' scan: `"triton"`, `"torch"` or `"mamba_ssm"`, see [`ops.scan.IMPLEMENTATIONS`].
+            By default the fastest for the tensor's device that needs no tuning. Changes no result.
     """
 
     model_type = "vamba_text"
@@ -59,6 +63,7 @@ class VambaTextConfig(Qwen2VLTextConfig):
     mamba_chunk_size: int = 256
     mamba_conv_bias: bool = True
     mamba_proj_bias: bool = False
+    mamba_implementation: str | None = None
 
     def __post_init__(self, **kwargs):
         self._check_sizes()
