@@ -553,6 +553,11 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
         >>> generated = model.generate(**inputs, max_new_tokens=64)
         >>> processor.batch_decode(generated[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         ```"""
+        others = (inputs_embeds, labels, pixel_values, pixel_values_videos, mm_token_type_ids, *kwargs.values())
+        plan = getattr(cache, "step_plan", None)
+        if plan is not None and plan.takes(input_ids, others):
+            logits = plan.run(cache, input_ids, position_ids, attention_mask)
+            return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache})
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -82,6 +82,8 @@ class VambaCache(Cache):
         self.videos: list[list[VambaVideoLayer]] = []
         self.rows: list[int | None] | None = None
         self.is_read = False
+        self.step_plan = None  # of the generation that is running, see `generation.captured_step`
+        self._row_marks: dict[tuple, torch.Tensor] = {}
         self.text_ids: torch.LongTensor | None = None
 
     @classmethod
@@ -105,6 +107,26 @@ class VambaCache(Cache):
     def max_cache_len(self) -> int:
         """The most text that the cache holds, like `get_max_length`, under the name by which PEFT asks for it."""
         return self.get_max_length()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of text that the cache holds."""
+        if self.step_plan is not None and self.step_plan.step is not None:
+            return self.step_plan.step.num_tokens
+        return super().get_seq_length(layer_idx)
+
+    def finish_step(self) -> None:
+        """Ends a captured step, if there is one: the cache has all its text again."""
+        if self.step_plan is not None:
+            self.step_plan.finish(self)
+            self.step_plan = None
+
+    def mark_rows(self, device: torch.device) -> torch.BoolTensor:
+        """Which rows read a video, `(batch_size, 1, 1)`. Made once: a CUDA graph can copy nothing from the host."""
+        key = (tuple(self.rows), device)
+        if key not in self._row_marks:
+            marks = torch.tensor([row is not None for row in self.rows], device=device)
+            self._row_marks[key] = marks.view(-1, 1, 1)
+        return self._row_marks[key]
 
     def read_ids(self) -> torch.LongTensor | None:
         """The tokens of text that the cache holds, `(batch_size, sequence_length)`, as far as they are known."""
@@ -238,6 +260,7 @@ class VambaCache(Cache):
         fork.layers = [copy.deepcopy(layer) if layer.is_compileable else copy.copy(layer) for layer in self.layers]
         fork.videos = [[layer.fork() for layer in video] for video in self.videos]
         fork.rows = None if self.rows is None else list(self.rows)
+        fork.step_plan = None
         return fork
 
     def to(self, device: torch.device | str | None) -> "VambaCache":
@@ -263,7 +286,10 @@ class VambaCache(Cache):
         self.videos, self.rows, self.text_ids = [], None, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
+        if self.step_plan is not None and self.step_plan.step is not None:
+            self.step_plan.step.reorder(beam_idx)
+        else:
+            super().reorder_cache(beam_idx)
         self._select_rows(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from ..compat import CACHE_NAME, NEWEST_TESTED, OLDEST_TESTED, rename_cache, tak
 from ..inputs.checks import check_prompt_goes_on, check_prompt_repeats, check_tensor
 from ..inputs.media import Medium, drop_grids_without_pixels, group_media_by_row, pop_media
 from ..layers.vision import SEGMENT_FRAMES
+from .captured_step import plan_step
 
 
 MAX_ROWS = 2**16  # of a cache that is filled before any text comes: a larger row number is a mistake
@@ -45,12 +46,18 @@ class VambaGenerationMixin(GenerationMixin):
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
         kwargs = rename_cache(kwargs)
-        with checkpointing_paused(self):
-            outputs = super().generate(*args, **kwargs)
+        given = kwargs.get(CACHE_NAME)
+        try:
+            with checkpointing_paused(self):
+                outputs = super().generate(*args, **kwargs)
+        finally:
+            if isinstance(given, VambaCache):
+                given.finish_step()
         is_dict = isinstance(outputs, ModelOutput)
-        cache = outputs.get(CACHE_NAME) if is_dict else kwargs.get(CACHE_NAME)
+        cache = outputs.get(CACHE_NAME) if is_dict else given
         if not isinstance(cache, VambaCache):
             return outputs
+        cache.finish_step()
         if cache.get_seq_length() > 0:
             cache.text_ids = outputs.sequences if is_dict else outputs
         elif is_dict:
@@ -141,6 +148,7 @@ class VambaGenerationMixin(GenerationMixin):
         cache.rows = [row for row in cache.rows for _ in range(num_copies)]
         if cache.is_compileable and not cache.is_video_offloaded:
             cache.mark_static_videos()
+        cache.step_plan = plan_step(self, cache, generation_config, generation_mode, prompt_length, max_cache_length)
         model_kwargs[CACHE_NAME] = cache
 
     def _take_new_media(

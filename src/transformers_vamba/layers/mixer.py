@@ -135,7 +135,7 @@ class VambaMixer(nn.Module):
         return outputs.flatten(1)[None], MambaState(self._conv_state(conv_inputs, history, lengths), ssm[None])
 
     def _conv_state(self, conv_inputs: torch.Tensor, history: torch.Tensor | None, lengths: list[int]) -> torch.Tensor:
-        """The last inputs of the convolution, `(1, conv_kernel_size - 1, conv_dim)`, zeros before the last sequence."""
+        """The convolution's last inputs, `(1, conv_kernel_size - 1, conv_dim)`, zeros before the last sequence."""
         num_kept = self.conv_kernel_size - 1
         last = conv_inputs[:, max(0, conv_inputs.shape[1] - min(num_kept, lengths[-1])) :]
         if (num_missing := num_kept - last.shape[1]) == 0:

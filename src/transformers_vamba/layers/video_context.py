@@ -43,6 +43,8 @@ class VideoContext:
             return torch.zeros(1, 1, 1, dtype=torch.bool, device=device)
         if None not in self.rows:
             return None
+        if self.cache is not None:
+            return self.cache.mark_rows(device)
         marks = torch.tensor([row is not None for row in self.rows], device=device)
         if not self.is_packed:
             return marks.view(-1, 1, 1)
