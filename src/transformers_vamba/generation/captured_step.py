@@ -55,6 +55,11 @@ class StepPlan:
         self._finalizer: weakref.finalize | None = None
         self.step: CapturedStep | None = None
 
+    def takes(self, input_ids: torch.Tensor | None, others: Iterable) -> bool:
+        """Whether these arguments of `forward` are one token per row, and nothing besides."""
+        is_one_token = input_ids is not None and input_ids.shape[1] == 1
+        return is_one_token and all(other is None or other is False for other in others)
+
     def run(
         self,
         cache: VambaCache,
