@@ -181,15 +181,20 @@ class CapturedStep:
             self._step(twin)
             for layer in self.layers:
                 layer.cumulative_length.sub_(1)
-            # Other threads may go on using the device.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self._step(twin)
+            # Not by `torch.cuda.graph`, which waits for the whole device and empties its cache: other threads use both.
+            with _capture_lock:
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._step(twin)
+                finally:
+                    graph.capture_end()
         current.wait_stream(stream)
         return graph.replay
 
 
 _idle_steps: "weakref.WeakKeyDictionary[nn.Module, list[CapturedStep]]" = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+_capture_lock = threading.Lock()  # a device records one graph at a time
 
 
 def borrow_step(model: nn.Module, cache: VambaCache, length: int, batch_size: int) -> CapturedStep:
