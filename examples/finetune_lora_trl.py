@@ -21,7 +21,10 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from transformers_vamba import VambaDataCollator, last_whole_checkpoint, lora_target_modules
+from transformers_vamba.compat import rename_checkpointing
+from transformers_vamba.training.model_card import write_model_card
 from transformers_vamba.training.peft import VambaPeftModel
+from transformers_vamba.training.trainer import VambaTrainerMixin
 
 
 TINY_MODEL = str(Path(__file__).parent.parent / "checkpoints" / "vamba-tiny")
@@ -51,6 +54,14 @@ class AdapterConfig(SFTConfig):
     bf16: bool | None = is_torch_bf16_gpu_available()
     remove_unused_columns: bool = False
     dataset_kwargs: dict | str | None = field(default_factory=lambda: {"skip_prepare_dataset": True})
+
+    def __post_init__(self):
+        rename_checkpointing(self)
+        super().__post_init__()
+
+
+class AdapterTrainer(VambaTrainerMixin, SFTTrainer):
+    """TRL's, without weight decay where it harms, and with a model card about videos."""
 
 
 def load_conversations(folder: str) -> Dataset:
@@ -84,7 +95,7 @@ def main(args: list[str] | None = None):
     sampling = {"num_frames": args.num_frames, "fps": args.fps, "max_frames": args.max_frames}
     sampling = {name: value for name, value in sampling.items() if value is not None}
 
-    trainer = SFTTrainer(
+    trainer = AdapterTrainer(
         VambaPeftModel(model, adapter),  # trains alpha beside the adapter
         args=training_args,
         train_dataset=load_conversations(args.videos),
@@ -102,6 +113,7 @@ def main(args: list[str] | None = None):
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         merged.save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)
+        write_model_card(training_args.output_dir, args.model, is_adapter=False, path=training_args.hub_model_id)
     return trainer
 
 

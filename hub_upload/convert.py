@@ -21,13 +21,19 @@ import torch
 from checkpoint_folders import (
     check_destination,
     check_parameters,
+    checked_checkpoint,
     find_checkpoint,
     find_shards,
+    open_tensors,
     partial_folder,
     put_in_place,
     read_config,
+    read_record,
+    start,
+    write_index,
 )
 from safetensors import SafetensorError
+from source_files import KNOWN_FIELDS, TEXT_FILES, checked_copy, left_out, read_known
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
@@ -35,7 +41,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers_vamba import VambaConfig, VambaForConditionalGeneration, VambaProcessor
 
 
-SOURCE_RECORD = "conversion_source.json"
+COMMAND = "convert.py"
 SAMPLE_QUESTION = "What happens?"
 
 # Accelerate does not offload a whole model: the last norm, which is small, stays.
@@ -54,67 +60,67 @@ def convert(source: Path, destination: Path, overwrite: bool = False) -> None:
     Writes the checkpoint in `source`, in either layout, to `destination` in this package's layout.
 
     Raises:
-        FileExistsError: where the destination exists and `overwrite` is not set, or is no model folder, or holds the
-            unfinished conversion of another source.
+        FileExistsError: where the destination exists and `overwrite` is not set, or is no model folder, or something
+            is beside it that this command did not leave there, the unfinished conversion of another source included.
         FileNotFoundError: where the source lacks a shard or its processor.
-        ValueError: where the source is no Vamba, its weights do not fit its configuration, or the result does not
-            give its logits.
+        ValueError: where the source is no Vamba, a file of it is damaged or a link out of it, its weights do not fit
+            its configuration, or the result does not give its logits.
     """
-    check_destination(destination, overwrite, source)
+    check_destination(destination, overwrite, COMMAND, source)
     config = read_config(source)
-    names = check_parameters(source, config)
     processor = load_processor(source)
+    names = check_parameters(source, config)
     partial = partial_folder(destination)
-    start_or_resume(source, partial, overwrite)
+    start_or_resume(source, destination, overwrite)
 
-    for shard in tqdm(find_shards(source), desc="Shards"):
+    shards = find_shards(source)
+    for shard in tqdm(shards, desc="Shards"):
         if not (partial / shard.name).is_file():
             rename_parameters(shard, partial / shard.name, names)
-    if (source / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        index = json.loads((source / SAFE_WEIGHTS_INDEX_NAME).read_text())
-        index["weight_map"] = {names[name]: shard for name, shard in index["weight_map"].items()}
-        (partial / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    write_index(shards, partial, names)
     config.architectures = [VambaForConditionalGeneration.__name__]
     config.save_pretrained(partial)
     processor.save_pretrained(partial)
     save_generation_config(source, config, partial)
 
     print("Comparing the logits of a sample")
-    check_same_logits(source, partial)
-    (partial / SOURCE_RECORD).unlink()
+    with checked_checkpoint(source) as checked:
+        check_same_logits(checked, partial)
     put_in_place(destination)
+    for line in left_out(
+        source, KNOWN_FIELDS, (*TEXT_FILES, *(shard.name for shard in shards), SAFE_WEIGHTS_INDEX_NAME)
+    ):
+        print(f"Left out: {line}")
 
 
 def load_processor(checkpoint: Path) -> VambaProcessor:
     """The processor of a checkpoint, tokenizer and chat template included; else a `FileNotFoundError`."""
-    try:
-        processor = VambaProcessor.from_pretrained(checkpoint)
-    except (OSError, ValueError, TypeError) as error:
-        raise FileNotFoundError(
-            f"{str(checkpoint)!r} lacks a processor or a tokenizer ({error}). Those of the Qwen2-VL checkpoint that "
-            "it was made from fit: copy preprocessor_config.json and the tokenizer's files beside its config.json."
-        ) from error
+    with checked_copy(checkpoint) as checked:
+        try:
+            processor = VambaProcessor.from_pretrained(checked)
+        except Exception as error:  # of whatever kind: the files are not trusted
+            reason = str(error).replace(str(checked), str(checkpoint))
+            raise FileNotFoundError(
+                f"{str(checkpoint)!r} lacks a processor or a tokenizer ({reason}). Those of the Qwen2-VL checkpoint "
+                "that it was made from fit: copy preprocessor_config.json and the tokenizer's files beside its "
+                "config.json."
+            ) from error
     tokens = processor.tokenizer(SAMPLE_QUESTION)["input_ids"]
     if processor.tokenizer.decode(tokens) != SAMPLE_QUESTION:  # Transformers makes up a tokenizer without a vocabulary
         raise FileNotFoundError(
             f"The tokenizer of {str(checkpoint)!r} does not know English: its vocabulary is missing. Copy "
             "tokenizer.json of the Qwen2-VL checkpoint that it was made from."
         )
-    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
-    if not processor.chat_template:
-        raise FileNotFoundError(
-            f"The processor of {str(checkpoint)!r} has no chat template: copy chat_template.json or "
-            "chat_template.jinja of the Qwen2-VL checkpoint that it was made from."
-        )
     return processor
 
 
-def start_or_resume(source: Path, partial: Path, overwrite: bool) -> None:
+def start_or_resume(source: Path, destination: Path, overwrite: bool) -> None:
     """Makes the folder of an unfinished conversion, or finds that there is one of the same source, to go on with."""
+    partial = partial_folder(destination)
     shards = {shard.name: [shard.stat().st_size, shard.stat().st_mtime_ns] for shard in find_shards(source)}
-    record = json.dumps({"source": str(source.resolve()), "shards": shards}, indent=2)
-    if partial.exists() and (partial / SOURCE_RECORD).is_file():
-        if (partial / SOURCE_RECORD).read_text() == record:
+    details = {"source": str(source.resolve()), "shards": shards}
+    if record := read_record(partial):
+        if record == {"command": COMMAND, **details}:
             print(f"Going on with {partial}")
             return
         if not overwrite:
@@ -123,20 +129,19 @@ def start_or_resume(source: Path, partial: Path, overwrite: bool) -> None:
                 "since. Remove it, or pass --overwrite to begin anew."
             )
         shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    (partial / SOURCE_RECORD).write_text(record)
+    start(destination, COMMAND, **details)
 
 
 def rename_parameters(source: Path, target: Path, names: dict[str, str]) -> None:
     """
-    Copies a safetensors file with other names for its tensors. Names stand in the header alone, a JSON object behind
-    its length (8 bytes, little-endian); the tensors behind it are copied byte by byte, never held in memory.
+    Copies a safetensors file with other names for its tensors. Names stand in the header alone; the tensors after it
+    are copied byte by byte, never held in memory.
     """
     unfinished = target.with_name(target.name + ".unfinished")
     with open(source, "rb") as reader, open(unfinished, "wb") as writer:
-        header = json.loads(reader.read(int.from_bytes(reader.read(8), "little")))
-        metadata = {"format": "pt", **header.pop("__metadata__", {})}
-        header = {"__metadata__": metadata, **{names[name]: entry for name, entry in header.items()}}
+        header = open_tensors(reader)
+        header.pop("__metadata__", None)
+        header = {"__metadata__": {"format": "pt"}, **{names[name]: entry for name, entry in header.items()}}
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)  # the tensors begin at a multiple of 8 bytes
         writer.write(len(encoded).to_bytes(8, "little") + encoded)
@@ -145,8 +150,10 @@ def rename_parameters(source: Path, target: Path, names: dict[str, str]) -> None
 
 
 def save_generation_config(source: Path, config: VambaConfig, folder: Path) -> None:
-    if (source / GENERATION_CONFIG_NAME).is_file():
-        shutil.copyfile(source / GENERATION_CONFIG_NAME, folder / GENERATION_CONFIG_NAME)
+    generation_config = read_known(source, GENERATION_CONFIG_NAME)
+    if generation_config is not None:
+        content = json.dumps(generation_config, indent=2, sort_keys=True)
+        (folder / GENERATION_CONFIG_NAME).write_text(content + "\n")
     else:
         GenerationConfig.from_model_config(config).save_pretrained(folder)
 

@@ -12,12 +12,22 @@ import argparse
 import sys
 from pathlib import Path
 
-from checkpoint_folders import check_destination, check_parameters, find_checkpoint, new_folder
+from checkpoint_folders import (
+    check_destination,
+    check_parameters,
+    checked_checkpoint,
+    find_checkpoint,
+    make_config,
+    new_folder,
+    read_config_fields,
+)
 from convert import load_processor, save_generation_config
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, Qwen2VLForConditionalGeneration, set_seed
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, set_seed
 
 from transformers_vamba import VambaForConditionalGeneration
+
+
+COMMAND = "init_from_qwen2_vl.py"
 
 
 def init_from_qwen2_vl(source: Path, destination: Path, overwrite: bool = False) -> None:
@@ -25,22 +35,27 @@ def init_from_qwen2_vl(source: Path, destination: Path, overwrite: bool = False)
     Writes a new Vamba, its processor and its generation config to `destination`.
 
     Raises:
-        FileExistsError: where the destination exists and `overwrite` is not set, or is no model folder.
+        FileExistsError: where the destination exists and `overwrite` is not set, or is no model folder, or something
+            is beside it that this command did not leave there.
         FileNotFoundError: where the source lacks a shard or its processor.
-        ValueError: where the source is no Qwen2-VL, or its weights do not fit its configuration.
+        ValueError: where the source is no Qwen2-VL, a file of it is damaged or a link out of it, or its weights do not
+            fit its configuration.
     """
-    check_destination(destination, overwrite, source)
-    config = AutoConfig.from_pretrained(source)
-    if config.model_type != "qwen2_vl" or hasattr(config, "vision_mamba_mixer_config"):
+    check_destination(destination, overwrite, COMMAND, source)
+    fields = read_config_fields(source)
+    model_type = fields.get("model_type")
+    if model_type != Qwen2VLConfig.model_type or "vision_mamba_mixer_config" in fields:
         raise ValueError(
-            f"{str(source)!r} is no Qwen2-VL checkpoint: its config.json says model_type {config.model_type!r}, "
+            f"{str(source)!r} is no Qwen2-VL checkpoint: its config.json says model_type {model_type!r}, "
             "expected 'qwen2_vl' without a Vamba mixer."
         )
-    check_parameters(source, config, Qwen2VLForConditionalGeneration)
+    config = make_config(source, Qwen2VLConfig, fields)
     processor = load_processor(source)
+    check_parameters(source, config, Qwen2VLForConditionalGeneration)
     set_seed(0)  # of the mixers
-    model = VambaForConditionalGeneration.from_qwen2_vl(source)
-    with new_folder(destination) as folder:
+    with checked_checkpoint(source) as checked:
+        model = VambaForConditionalGeneration.from_qwen2_vl(checked)
+    with new_folder(destination, COMMAND) as folder:
         model.save_pretrained(folder, save_original_format=False, max_shard_size="5GB")
         processor.save_pretrained(folder)
         save_generation_config(source, model.config, folder)
@@ -54,7 +69,7 @@ def main():
     args = parser.parse_args()
     try:
         init_from_qwen2_vl(find_checkpoint(args.source), args.destination, args.overwrite)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"Error: {error}")
     print(f"Wrote {args.destination}")
 

@@ -10,9 +10,11 @@ After an interruption the same command goes on: files that arrived are not sent 
 """
 
 import argparse
+import dataclasses
 import filecmp
 import json
 import os
+import re
 import shutil
 import sys
 from collections import Counter
@@ -20,19 +22,23 @@ from pathlib import Path
 
 from bundle import flat_files
 from checkpoint_folders import (
+    RECORD_NAME,
     check_destination,
+    check_numbers,
     check_parameters,
     find_checkpoint,
     find_shards,
     new_folder,
     read_config,
     read_header,
+    write_index,
 )
 from convert import load_processor, save_generation_config
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: of httpx or httpx2, whichever it uses
 from huggingface_hub.utils import validate_repo_id
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from source_files import KNOWN_FIELDS, TEXT_FILES, find_file, keep_known, left_out, read_json
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from transformers_vamba import (
     VambaConfig,
@@ -43,8 +49,9 @@ from transformers_vamba import (
 )
 
 
+COMMAND = "push.py"
 RESULTS_FILE = "evaluation.json"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MARKUP = re.compile(r"([\\`*\[\]<>|!~$])")  # what Markdown and HTML read in a table's cell
 AUTO_CLASSES = {
     "AutoConfig": VambaConfig,
     "AutoModel": VambaModel,
@@ -62,24 +69,52 @@ def code_files() -> dict[str, str]:
     return flat_files({Path(sys.modules[cls.__module__].__file__) for cls in AUTO_CLASSES.values()})
 
 
-def link(source: Path, target: Path) -> None:
-    """The same file under another name where the file system allows, so that weights take no space twice."""
-    source = source.resolve()
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+def copy_weights(source: Path, target: Path) -> None:
+    """
+    A copy of a file, which can be edited without touching the source. Where the file system can, the two share their
+    blocks until then, and weights take no space twice.
+    """
+    with open(source, "rb") as reader, open(target, "xb") as writer:
+        try:
+            while os.copy_file_range(reader.fileno(), writer.fileno(), 2**30):
+                pass
+        except (AttributeError, OSError):  # not on this system, or not between these two places
+            reader.seek(0)
+            writer.seek(0)
+            shutil.copyfileobj(reader, writer, 2**24)
+
+
+def is_finite_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def read_results(file: Path) -> dict[str, dict[str, float]]:
-    """Measured results, `{data: {metric: value}}`; else a `ValueError`."""
-    results = json.loads(file.read_text())
-    if not isinstance(results, dict) or not all(
-        isinstance(metrics, dict) and all(isinstance(value, int | float) for value in metrics.values())
-        for metrics in results.values()
-    ):
-        raise ValueError(f"{str(file)!r} holds no results: expected JSON of the form {{data: {{metric: number}}}}.")
+    """Measured results, `{data: {metric: value}}`, of finite numbers; else a `ValueError`."""
+    results = read_json(file)
+    for data, metrics in results.items():
+        if not isinstance(metrics, dict) or not data.strip():
+            raise ValueError(
+                f"{str(file)!r} holds no results: expected JSON of the form {{data: {{metric: number}}}}."
+            )
+        for metric, value in metrics.items():
+            if not is_finite_number(value) or not metric.strip():
+                raise ValueError(f"{str(file)!r} holds no number as {metric!r} of {data!r}, but {value!r}.")
     return results
+
+
+def cell(text: str) -> str:
+    """A text as it is in the cell of a table in Markdown, whatever it holds."""
+    return MARKUP.sub(r"\\\1", " ".join(text.split()))
+
+
+def check_base_model(name: object) -> None:
+    """Raises a `ValueError` unless others can find the base model by its name on the Hub."""
+    if not isinstance(name, str) or name.count("/") != 1 or Path(name).exists():
+        raise ValueError(
+            f"The base model {name!r} is none that others have: pass --base-model with its name on the Hub, such as "
+            "Qwen/Qwen2-VL-7B-Instruct."
+        )
+    validate_repo_id(name)
 
 
 def write_card(folder: Path, repo_id: str, base_model: str | None, license: str, results: Path | None, **details):
@@ -93,11 +128,14 @@ def write_card(folder: Path, repo_id: str, base_model: str | None, license: str,
         details: What the template shows of the model: its configuration and sizes.
     """
     results = read_results(results) if results else {}
+    validate_repo_id(repo_id)
+    if base_model is not None:
+        check_base_model(base_model)
     model_name = repo_id.split("/")[-1]
     eval_results = [
         EvalResult(
             task_type="video-text-to-text",
-            dataset_type=data.lower().replace(" ", "-"),
+            dataset_type=re.sub(r"[^\w./-]+", "-", data.lower()).strip("-") or "data",
             dataset_name=data,
             metric_type=metric,
             metric_value=value,
@@ -121,8 +159,8 @@ def write_card(folder: Path, repo_id: str, base_model: str | None, license: str,
         base_model=base_model,
         model_name=model_name,
         repo_id=repo_id,
-        results=results,
-        metrics=dict.fromkeys(metric for metrics in results.values() for metric in metrics),
+        results={cell(data): {cell(metric): each[metric] for metric in each} for data, each in results.items()},
+        metrics=dict.fromkeys(cell(metric) for metrics in results.values() for metric in metrics),
         **details,
     )
     (folder / "README.md").write_text(str(card).rstrip() + "\n")
@@ -137,8 +175,8 @@ def write_model(checkpoint: Path, folder: Path, **card) -> None:
         ValueError: where it is no Vamba, or its weights do not fit its configuration.
     """
     config = read_config(checkpoint)
-    check_parameters(checkpoint, config)
     processor = load_processor(checkpoint)
+    check_parameters(checkpoint, config)
     for part in (config, processor, processor.video_processor):
         part.auto_map = AUTO_MAP
     config.architectures = [VambaForConditionalGeneration.__name__]
@@ -149,13 +187,27 @@ def write_model(checkpoint: Path, folder: Path, **card) -> None:
         (folder / name).write_text(text)
 
     num_parameters = Counter()
-    for shard in find_shards(checkpoint):
-        link(shard, folder / shard.name)
+    shards = find_shards(checkpoint)
+    for shard in shards:
+        copy_weights(shard, folder / shard.name)
         for dtype, shape in read_header(shard).values():
             num_parameters[dtype] += shape.numel()
-    if (checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        shutil.copyfile(checkpoint / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_INDEX_NAME)
+    write_index(shards, folder)
     write_card(folder, num_parameters=num_parameters, text=config.text_config, vision=config.vision_config, **card)
+
+
+def adapter_fields(config: dict, file: Path) -> dict[str, None]:
+    """The fields that PEFT knows of an adapter's configuration; a `ValueError` for one of no kind that it knows."""
+    try:
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+    except ImportError as error:
+        raise ValueError("To push an adapter, install PEFT, which knows its fields: `pip install peft`.") from error
+    peft_type = config.get("peft_type")
+    if not isinstance(peft_type, str) or peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"{str(file)!r} says peft_type {peft_type!r}, which PEFT does not know.")
+    # By `auto_mapping`, PEFT would import a module of this name.
+    names = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type])} - {"auto_mapping"}
+    return dict.fromkeys((*names, "peft_version"))
 
 
 def write_adapter(adapter: Path, folder: Path, base_model: str | None, **card) -> None:
@@ -164,22 +216,40 @@ def write_adapter(adapter: Path, folder: Path, base_model: str | None, **card) -
 
     Raises:
         FileNotFoundError: where the adapter has no safetensors file.
-        ValueError: where neither the arguments nor the adapter name a base model on the Hub.
+        ValueError: where neither the arguments nor the adapter name a base model on the Hub, or a file is damaged.
     """
-    config = json.loads((adapter / ADAPTER_CONFIG).read_text())
-    base_model = base_model or config["base_model_name_or_path"]
-    if not base_model or base_model.count("/") != 1 or Path(base_model).exists():
-        raise ValueError(
-            f"{ADAPTER_CONFIG} names the base model {base_model!r}, which others do not have: pass --base-model with "
-            "its name on the Hub."
-        )
-    if not (adapter / ADAPTER_WEIGHTS).is_file():
-        raise FileNotFoundError(f"{str(adapter)!r} has no {ADAPTER_WEIGHTS}.")
-    read_header(adapter / ADAPTER_WEIGHTS)
-    link(adapter / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
+    file = find_file(adapter, ADAPTER_CONFIG_NAME)
+    config = read_json(file)
+    config = keep_known(config, adapter_fields(config, file), [])
+    base_model = base_model or config.get("base_model_name_or_path")
+    check_base_model(base_model)
+    if find_file(adapter, ADAPTER_SAFE_WEIGHTS_NAME) is None:
+        raise FileNotFoundError(f"{str(adapter)!r} has no {ADAPTER_SAFE_WEIGHTS_NAME}.")
+    read_header(adapter / ADAPTER_SAFE_WEIGHTS_NAME)
+    check_numbers(adapter / ADAPTER_SAFE_WEIGHTS_NAME)
+    copy_weights(adapter / ADAPTER_SAFE_WEIGHTS_NAME, folder / ADAPTER_SAFE_WEIGHTS_NAME)
     config["base_model_name_or_path"] = base_model
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    write_card(folder, base_model=base_model, adapter=config, **card)
+    (folder / ADAPTER_CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    rank = config.get("r")
+    adapter_details = {"peft_type": config["peft_type"], "r": rank if type(rank) is int else None}
+    write_card(folder, base_model=base_model, adapter=adapter_details, **card)
+
+
+def is_adapter(checkpoint: Path) -> bool:
+    return find_file(checkpoint, ADAPTER_CONFIG_NAME) is not None
+
+
+def not_taken(checkpoint: Path) -> list[str]:
+    """What of a checkpoint or an adapter is not in its repository."""
+    if is_adapter(checkpoint):
+        file = checkpoint / ADAPTER_CONFIG_NAME
+        return left_out(
+            checkpoint,
+            {ADAPTER_CONFIG_NAME: adapter_fields(read_json(file), file)},
+            (ADAPTER_SAFE_WEIGHTS_NAME, RESULTS_FILE),
+        )
+    shards = (shard.name for shard in find_shards(checkpoint))
+    return left_out(checkpoint, KNOWN_FIELDS, (*TEXT_FILES, *shards, SAFE_WEIGHTS_INDEX_NAME, RESULTS_FILE))
 
 
 def write_repository(checkpoint: Path, folder: Path, overwrite: bool = False, **card) -> None:
@@ -187,14 +257,15 @@ def write_repository(checkpoint: Path, folder: Path, overwrite: bool = False, **
     Writes the repository of a checkpoint or of an adapter to `folder`, which may hold the very same already.
 
     Raises:
-        FileExistsError: where the folder holds anything else and `overwrite` is not set, or is no model folder.
+        FileExistsError: where the folder holds anything else and `overwrite` is not set, or is no model folder, or
+            something is beside it that this command did not leave there.
     """
-    check_destination(folder, True, checkpoint)
-    write = write_adapter if (checkpoint / ADAPTER_CONFIG).is_file() else write_model
-    with new_folder(folder) as new:
+    check_destination(folder, True, COMMAND, checkpoint)
+    write = write_adapter if is_adapter(checkpoint) else write_model
+    with new_folder(folder, COMMAND) as new:
         write(checkpoint, new, **card)
         if folder.exists() and not overwrite:
-            names = {file.name for file in (*folder.iterdir(), *new.iterdir())}
+            names = {file.name for file in (*folder.iterdir(), *new.iterdir())} - {RECORD_NAME}
             _, different, absent = filecmp.cmpfiles(folder, new, names)
             if different or absent:
                 raise FileExistsError(
@@ -263,7 +334,6 @@ def main():
             check_token()
         checkpoint = find_checkpoint(args.checkpoint)
         folder = args.folder or Path(args.repo_id.split("/")[1] + "-hub")
-        results = checkpoint / RESULTS_FILE
         write_repository(
             checkpoint,
             folder,
@@ -271,12 +341,14 @@ def main():
             repo_id=args.repo_id,
             base_model=args.base_model,
             license=args.license,
-            results=args.results or (results if results.is_file() else None),
+            results=args.results or find_file(checkpoint, RESULTS_FILE),
         )
         visibility = "public" if args.public else "private"
         print(f"{folder} for the {visibility} repository {args.repo_id}:")
         for file in sorted(folder.iterdir()):
             print(f"{file.stat().st_size:15,}  {file.name}")
+        for line in not_taken(checkpoint):
+            print(f"Left out: {line}")
         if not args.dry_run:
             print(f"Pushed: {upload(folder, args.repo_id, args.public, args.create_pr)}")
     except (OSError, ValueError) as error:

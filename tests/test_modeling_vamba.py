@@ -367,3 +367,20 @@ def test_text_model_alone():
         rest = model(input_ids=text[:, 5:], cache=cache).last_hidden_state
     assert isinstance(cache, VambaCache)
     torch.testing.assert_close(rest, whole[:, 5:], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("trained", ("", "merger", "visual"))
+def test_pixels_take_a_gradient_in_every_mode(trained, training):
+    model = tiny_model().train(training)
+    for name, parameter in model.model.visual.named_parameters():
+        parameter.requires_grad_(bool(trained) and (trained == "visual" or trained in name))
+    video = make_media("video", (3, 4, 6))
+    pixels = video.pop("pixel_values_videos").requires_grad_()
+    model(
+        input_ids=make_text(), labels=make_text(), pixel_values_videos=pixels, use_cache=False, **video
+    ).loss.backward()
+    reference = tiny_model()
+    expected = pixels.detach().clone().requires_grad_()
+    reference(input_ids=make_text(), labels=make_text(), pixel_values_videos=expected, **video).loss.backward()
+    torch.testing.assert_close(pixels.grad, expected.grad, atol=1e-6, rtol=1e-4)

@@ -82,9 +82,7 @@ def test_batch_of_all_kinds_of_rows(processor):
         [{"role": "user", "content": "What?"}],
     ]
     outputs = apply(processor, conversations)
-    assert outputs["image_sample_ids"].tolist() == [1, 3]
-    assert outputs["video_sample_ids"].tolist() == [2, 2, 3]
-    assert outputs["image_sample_ids"].dtype == outputs["video_sample_ids"].dtype == torch.int64
+    assert not {"image_sample_ids", "video_sample_ids"} & outputs.keys()  # the marks say the same
     assert marks_of(processor, outputs) == [[], [1], [2, 2], [2, 1], []]
     assert outputs["mm_token_type_ids"].dtype == torch.int64
     levels = outputs["pixel_values_videos"].mean(dim=1).view(3, -1).mean(dim=1)
@@ -96,9 +94,21 @@ def test_batch_of_all_kinds_of_rows(processor):
         assert outputs["attention_mask"][row].tolist() == [0] * (outputs["input_ids"].shape[1] - length) + [1] * length
         for name in ("input_ids", "mm_token_type_ids"):
             assert torch.equal(outputs[name][row, -length:], alone[name][0])
-        for medium in ("image", "video"):
-            has_medium = bool((outputs[f"{medium}_sample_ids"] == row).any())
-            assert (f"{medium}_sample_ids" in alone) == (f"{medium}_grid_thw" in alone) == has_medium
+        for mark, medium in ((1, "image"), (2, "video")):
+            assert (f"{medium}_grid_thw" in alone) == bool((outputs["mm_token_type_ids"][row] == mark).any())
+
+
+def test_rows_of_media_that_are_not_marked(processor):
+    images, videos = [make_image(10), make_image(20)], [make_video(30), make_video(40), make_video(50)]
+    text = ["What?", f"{IMAGE} What?", f"<|video_pad|>{VIDEO}", f"{VIDEO} {IMAGE}"]
+    inputs = {"text": text, "images": images, "videos": videos, "padding": True}
+    for kwargs in ({}, {"return_mm_token_type_ids": False}):
+        lists, arrays, tensors = (processor(**inputs, **kwargs, return_tensors=kind) for kind in (None, "np", "pt"))
+        for outputs in (lists, arrays, tensors):
+            assert list(map(int, outputs["image_sample_ids"])) == [1, 3]
+            assert list(map(int, outputs["video_sample_ids"])) == [2, 2, 3]
+        assert isinstance(arrays["image_sample_ids"], np.ndarray)
+        assert tensors["image_sample_ids"].dtype == tensors["video_sample_ids"].dtype == torch.int64
 
 
 def test_text_alone(processor):
@@ -118,10 +128,9 @@ def test_types_of_outputs(processor):
     arrays = processor(text=text, images=image, return_tensors="np")
     tensors = processor(text=text, images=image, return_tensors="pt")
     assert isinstance(lists["mm_token_type_ids"], list)
-    assert isinstance(arrays["mm_token_type_ids"], np.ndarray) and isinstance(arrays["image_sample_ids"], np.ndarray)
+    assert isinstance(arrays["mm_token_type_ids"], np.ndarray)
     for name in ("input_ids", "mm_token_type_ids"):
         assert tensors[name].tolist() == arrays[name].tolist() == lists[name]
-    assert tensors["image_sample_ids"].tolist() == arrays["image_sample_ids"].tolist() == [0]
 
 
 def test_mm_token_type_ids_can_be_left_out(processor):
@@ -182,7 +191,7 @@ def test_forms_of_a_video_in_a_conversation(processor, tmp_path):
     for video in (torch.from_numpy(frames.transpose(0, 3, 1, 2).copy()), images, list(frames), paths):
         outputs = apply(processor, [user("What?"), user(video)])
         assert torch.equal(outputs["pixel_values_videos"], expected["pixel_values_videos"])
-        assert outputs["video_sample_ids"].tolist() == [1]
+        assert "video_sample_ids" not in outputs
 
 
 def test_path_and_url_keys_in_a_conversation(processor, video_file, tmp_path):
@@ -208,8 +217,6 @@ def test_flat_and_nested_media(processor, nested):
         padding=True,
         return_tensors="pt",
     )
-    assert outputs["image_sample_ids"].tolist() == [0, 2, 2]
-    assert outputs["video_sample_ids"].tolist() == [0, 2]
     assert marks_of(processor, outputs) == [[1, 2], [], [2, 1, 1]]
     levels = outputs["pixel_values"].mean(dim=1).view(3, -1).mean(dim=1)
     assert levels.tolist() == sorted(levels.tolist())
@@ -290,7 +297,6 @@ def test_placeholders_written_by_the_user_as_plain_text(processor):
     outputs = processor.apply_chat_template(
         conversation, tokenize=True, return_dict=True, return_tensors="pt", sanitize_control_tokens=True
     )
-    assert outputs["image_sample_ids"].tolist() == [0]
     assert marks_of(processor, outputs) == [[1]]
     assert f"{VIDEO} or <|image_pad|>?" in processor.tokenizer.decode(outputs["input_ids"][0])
 

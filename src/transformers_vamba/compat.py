@@ -58,6 +58,19 @@ def rename_cache(kwargs: dict, name: str = CACHE_NAME) -> dict:
     return renamed if len(renamed) == len(kwargs) else renamed | {name: given[0] if given else None}
 
 
+def rename_checkpointing(args) -> None:
+    """
+    Brings what was said by `gradient_checkpointing` and `gradient_checkpointing_kwargs` in `TrainingArguments` under
+    their names since Transformers 5.24, `activation_checkpointing`, if there are such: it warns of the old ones. To be
+    called at the beginning of `__post_init__`, in a class of one's own.
+    """
+    for suffix in ("", "_kwargs"):
+        old, new = f"gradient_checkpointing{suffix}", f"activation_checkpointing{suffix}"
+        if hasattr(args, new) and getattr(args, new) is None:
+            setattr(args, new, getattr(args, old))
+            setattr(args, old, None)
+
+
 def takes_cache(function: Callable) -> Callable:
     """Lets a function with a parameter `cache` be called with `past_key_values=` as well."""
 

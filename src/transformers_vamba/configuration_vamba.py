@@ -7,6 +7,17 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig, Qwen2VLTextConfig, Qwen2VLVisionConfig
 
 
+MAX_LAYERS = 1024  # each takes memory before any weight is there: a larger number is a mistake
+
+_POSITIVE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "mamba_d_state")
+_POSITIVE += ("mamba_d_conv", "mamba_expand", "mamba_d_head", "mamba_n_groups", "mamba_chunk_size")
+
+
+def _check_number_of_layers(name: str, number: int) -> None:
+    if number > MAX_LAYERS:
+        raise ValueError(f"`{name}` must be at most {MAX_LAYERS}, got {number}.")
+
+
 @strict
 class VambaTextConfig(Qwen2VLTextConfig):
     r"""
@@ -19,9 +30,13 @@ class VambaTextConfig(Qwen2VLTextConfig):
         mamba_expand (`int`, *optional*, defaults to 2): The mixer's inner width as a multiple of `hidden_size`.
         mamba_d_head (`int`, *optional*, defaults to 64): Channels per SSM head; divides the inner width.
         mamba_n_groups (`int`, *optional*, defaults to 1): Groups that share B and C; divides the number of SSM heads.
-        mamba_chunk_size (`int`, *optional*, defaults to 256): Tokens per chunk of the scan. Changes no result.
+        mamba_chunk_size (`int`, *optional*, defaults to 256): Tokens per chunk of the scan, in the
+            published code. Ours chooses its own. Changes no result.
         mamba_conv_bias (`bool`, *optional*, defaults to `True`): Whether the convolution has a bias.
         mamba_proj_bias (`bool`, *optional*, defaults to `False`): Whether `in_proj` and `out_proj` have biases.
+        mamba_implementation (`str`, *optional*):
+            What computes the mixers' scan: `"triton"`, `"torch"` or `"mamba_ssm"`, see [`ops.scan.IMPLEMENTATIONS`].
+            By default the fastest for the tensor's device that needs no tuning. Changes no result.
     """
 
     model_type = "vamba_text"
@@ -48,8 +63,10 @@ class VambaTextConfig(Qwen2VLTextConfig):
     mamba_chunk_size: int = 256
     mamba_conv_bias: bool = True
     mamba_proj_bias: bool = False
+    mamba_implementation: str | None = None
 
     def __post_init__(self, **kwargs):
+        self._check_sizes()
         super().__post_init__(**kwargs)
         # Text positions are 1-D (the three M-RoPE axes are equal), so any split of the frequencies gives the same
         # rotation; Qwen2-VL's proportions (16/24/24 of 64) fill in for a configuration without one.
@@ -57,13 +74,17 @@ class VambaTextConfig(Qwen2VLTextConfig):
         height = 3 * half // 8
         self.rope_parameters.setdefault("mrope_section", [half - 2 * height, height, height])
 
+    def _check_sizes(self) -> None:
+        """Before anything is computed from them: a configuration may come from a stranger."""
+        for name in _POSITIVE:
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {size}.")
+        _check_number_of_layers("num_hidden_layers", self.num_hidden_layers)
+
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the sizes that have to divide each other."""
-        positive = ("hidden_size", "num_attention_heads", "num_key_value_heads", "mamba_d_state", "mamba_d_conv")
-        positive += ("mamba_expand", "mamba_d_head", "mamba_n_groups", "mamba_chunk_size")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        self._check_sizes()
         inner_size = self.mamba_expand * self.hidden_size
         divisible = (
             ("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads),
@@ -132,6 +153,7 @@ class VambaConfig(Qwen2VLConfig):
             }
             self.vision_config.pop("model_type", None)
         super().__post_init__(**kwargs)
+        _check_number_of_layers("vision_config.depth", self.vision_config.depth)
         if self.vision_config.hidden_size != self.text_config.hidden_size:
             raise ValueError(
                 f"The vision tower's output size `vision_config.hidden_size` ({self.vision_config.hidden_size}) must "

@@ -20,6 +20,43 @@ from .video_processing_vamba import VambaVideoProcessor
 
 MEDIUM_TYPE_IDS = {"image": 1, "video": 2}
 
+# Qwen2-VL's, in which Vamba was trained: for a folder that has none, as older versions of Transformers saved it.
+CHAT_TEMPLATE = """\
+{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}\
+{% for message in messages %}\
+{% if loop.first and message['role'] != 'system' %}<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif %}\
+<|im_start|>{{ message['role'] }}
+{% if message['content'] is string %}{{ message['content'] }}<|im_end|>
+{% else %}\
+{% for content in message['content'] %}\
+{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}\
+{% set image_count.value = image_count.value + 1 %}\
+{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>\
+{% elif content['type'] == 'video' or 'video' in content %}\
+{% set video_count.value = video_count.value + 1 %}\
+{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>\
+{% elif 'text' in content %}{{ content['text'] }}{% endif %}\
+{% endfor %}<|im_end|>
+{% endif %}\
+{% endfor %}\
+{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+MODALITY_KWARGS = ("text_kwargs", "images_kwargs", "videos_kwargs")
+
+
+def check_modality_kwargs(kwargs: dict) -> None:
+    """Raises a `TypeError` unless the arguments of each modality, if they are given, are a dictionary."""
+    for name in MODALITY_KWARGS:
+        if name in kwargs and not isinstance(kwargs[name], dict):
+            raise TypeError(
+                f"`{name}` must be a dictionary of arguments, got {kwargs[name]!r}. Leave it out, or pass {{}}, where "
+                "there are none."
+            )
+
 
 class VambaProcessor(Qwen2VLProcessor):
     r"""
@@ -27,7 +64,7 @@ class VambaProcessor(Qwen2VLProcessor):
 
     Vamba reads images and videos by cross-attention, so the placeholder of each, `<|image_pad|>` or `<|video_pad|>`,
     is taken out of the text and `<|vision_start|><|vision_end|>` remains. Which row and which place an image or a
-    video has is returned beside the text.
+    video has is returned beside the text. Without a chat template of its own it takes the tokenizer's, or Qwen2-VL's.
     """
 
     vision_start_token = "<|vision_start|>"
@@ -43,6 +80,10 @@ class VambaProcessor(Qwen2VLProcessor):
                 min_pixels=image_processor.size["shortest_edge"],
                 max_pixels=image_processor.size["longest_edge"],
             )
+        if tokenizer is not None:
+            # Pipelines pad by themselves, and ask the tokenizer for the side.
+            tokenizer.padding_side = "left"
+        chat_template = chat_template or getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
 
     def __call__(
@@ -76,13 +117,14 @@ class VambaProcessor(Qwen2VLProcessor):
               video has no `<|vision_start|><|vision_end|>` of its own is 0 everywhere.
             - **pixel_values**, **image_grid_thw**, **pixel_values_videos**, **video_grid_thw** -- where there are
               images or videos, as Qwen2-VL's.
-            - **image_sample_ids**, **video_sample_ids** -- int64 of shape (images,) and (videos,), where there are any
-              and text: the row that each belongs to.
+            - **image_sample_ids**, **video_sample_ids** -- int64 of shape (images,) and (videos,): the row that each
+              belongs to, where `mm_token_type_ids` does not say it.
 
         Raises:
             `ValueError`: when the images or videos do not match the placeholders, when truncation cut one off, or when
                 a row has a video before an image and their order cannot be marked.
         """
+        check_modality_kwargs(kwargs)
         text_kwargs = dict(kwargs.pop("text_kwargs", {}))
 
         def pop_text_kwarg(name, default):
@@ -112,14 +154,17 @@ class VambaProcessor(Qwen2VLProcessor):
         if not return_text_replacement_offsets:
             del outputs["text_replacement_offsets"]
         media = [[replacement["type"] for replacement in row] for row in offsets]
+        is_marked = False
+        if return_mm_token_type_ids:
+            marks = outputs["mm_token_type_ids"] = self._mark_media(text, outputs["input_ids"], media)
+            is_marked = sum(np.count_nonzero(row) for row in marks) == sum(map(len, media))
         for medium in MEDIUM_TYPE_IDS:
             sample_ids = [row for row, row_media in enumerate(media) for kind in row_media if kind == medium]
-            if sample_ids:
+            # Left out where the marks say the same: trainers hand on what they know of Qwen2-VL.
+            if sample_ids and not is_marked:
                 sample_ids = torch.tensor(sample_ids)
                 as_numpy = isinstance(outputs["input_ids"], np.ndarray)
                 outputs[f"{medium}_sample_ids"] = sample_ids.numpy() if as_numpy else sample_ids
-        if return_mm_token_type_ids:
-            outputs["mm_token_type_ids"] = self._mark_media(text, outputs["input_ids"], media)
         return outputs
 
     def iter_video_segments(
@@ -272,7 +317,3 @@ class VambaProcessor(Qwen2VLProcessor):
         if video_sizes is not None:
             vision_data["num_video_tokens"] = [0] * len(video_sizes)
         return MultiModalData(**vision_data)
-
-    @property
-    def model_input_names(self) -> list[str]:
-        return super().model_input_names + ["image_sample_ids", "video_sample_ids"]

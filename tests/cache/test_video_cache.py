@@ -336,9 +336,9 @@ def test_no_memory_to_grow(monkeypatch, num_allocations):
     states = tuple(torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     storage = DeviceStorage()
     storage.append(states)
-    allocate = iter([torch.Tensor.new_empty] * num_allocations)
+    allocate = iter([torch.empty] * num_allocations)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "new_empty", lambda *args: next(allocate)(*args))
+        patch.setattr(torch, "empty", lambda *args, **kwargs: next(allocate)(*args, **kwargs))
         with pytest.raises(StopIteration):
             storage.append(states)
     assert storage.num_tokens == 3 and all(map(torch.equal, storage.read(), states))
@@ -437,3 +437,47 @@ def test_an_offloaded_video_takes_two_layers_of_memory():
     layer_bytes = 2 * 4 * num_tokens * 128 * 2
     taken = torch.cuda.max_memory_allocated() - before
     assert 1.9 * layer_bytes < taken < 2.6 * layer_bytes  # the comparison takes half a layer
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_cache_begun_in_inference_mode_goes_on_outside(model, implementation):
+    first, second = make_media("video", (5, 4, 6)), make_media("video", (3, 4, 6), seed=1)
+    options = {"video_cache_implementation": implementation}
+    expected = model.encode_video(**second, cache=model.encode_video(**first, **options))
+    with torch.inference_mode():
+        cache = model.encode_video(**first, **options)
+        fork = cache.fork()
+    for each in (cache, fork):
+        model.encode_video(**second, cache=each)
+        with torch.no_grad():
+            logits = [model(input_ids=make_text(), cache=one.fork()).logits for one in (each, expected)]
+        assert torch.equal(*logits)
+    if implementation == "dynamic":  # the others take no gradient
+        with torch.inference_mode():
+            cache = model.encode_video(**first)
+        model.model.encode_media([[(second["pixel_values_videos"], (3, 4, 6))]], cache)
+        model(input_ids=make_text(), labels=make_text(), cache=cache).loss.backward()
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_to_where_it_is_moves_nothing(model, implementation):
+    """Accelerate's CPU and disk offload call `.to(None)`."""
+    cache = model.encode_video(**make_media("video", (5, 4, 6)), video_cache_implementation=implementation)
+    expected = model(input_ids=make_text(), cache=cache.fork()).logits
+    storages = [layer._storage for layer in cache.videos[0]]
+    memory = [getattr(storage, "_memory", getattr(storage, "_blocks", None)) for storage in storages]
+    for device in (None, "cpu", torch.device("cpu")):
+        assert cache.to(device) is cache
+    assert all(now is before for now, before in zip((layer._storage for layer in cache.videos[0]), storages))
+    assert memory == [getattr(storage, "_memory", getattr(storage, "_blocks", None)) for storage in storages]
+    assert torch.equal(model(input_ids=make_text(), cache=cache).logits, expected)
+
+
+def test_a_cache_on_another_device_is_an_error_that_says_what_to_do(model):
+    cache = model.encode_video(**make_media("video", (5, 4, 6))).to("meta")
+    message = r"video on meta.* on cpu.*cache\.to\(model\.device\)"
+    with pytest.raises(ValueError, match=message):
+        model.generate(make_text(), cache=cache.fork(), max_new_tokens=2)
+    with pytest.raises(ValueError, match=message):
+        model.encode_video(**make_media("video", (3, 4, 6)), cache=cache)

@@ -377,3 +377,66 @@ def test_cache_moves_between_devices(model):
     assert {layer.keys.device.type for layer in cache.videos[0]} == {"cpu"}
     assert torch.equal(generate(moved, make_text().cuda(), cache=cache.to("cuda")), expected)
     model.to("cpu")
+
+
+@pytest.mark.parametrize("given", ("pixels", "cache", "nothing"))
+def test_training_mode_with_gradient_checkpointing(given):
+    """As a callback of a trainer generates, in the middle of training."""
+    model = tiny_model()
+    inputs = {"pixels": VIDEO, "cache": {"cache": model.encode_video(**VIDEO)}, "nothing": {}}[given]
+    fork = {"cache": inputs["cache"].fork()} if given == "cache" else inputs
+    expected = generate(model, make_text(), **fork)
+    model.train()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    assert torch.equal(generate(model, make_text(), **inputs), expected)
+    assert all(module.gradient_checkpointing for module in checkpointed) and checkpointed and model.training
+
+
+@pytest.mark.parametrize("cache_implementation", (None, "static"))
+@pytest.mark.parametrize("length", (8, 12, 17, 30))
+def test_a_forgotten_fork_is_an_error(model, length, cache_implementation):
+    """Whatever the second question's length: the tokens are compared."""
+    cache = model.encode_video(**VIDEO)
+    options = {"return_dict_in_generate": True, "cache_implementation": cache_implementation}
+    cache = cache_of(generate(model, make_text(), cache=cache, **options))
+    with pytest.raises(ValueError, match="go(es)? on from .*fork"):
+        generate(model, make_text(length=length, seed=1), cache=cache)
+
+
+def test_a_forgotten_fork_is_an_error_after_an_answer_that_was_broken_off(model):
+    class BreaksOff:
+        def put(self, value):
+            if value.numel() == 1:
+                raise KeyboardInterrupt
+
+    cache = model.encode_video(**VIDEO)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, make_text(), cache=cache, streamer=BreaksOff())
+    with pytest.raises(ValueError, match="go(es)? on from .*fork"):
+        generate(model, make_text(length=20, seed=1), cache=cache)
+
+
+@pytest.mark.parametrize("given", ("pixels", "cache"))
+def test_without_use_cache_none_is_returned(model, given):
+    inputs = VIDEO if given == "pixels" else {"cache": model.encode_video(**VIDEO)}
+    expected = generate(model, make_text(), **VIDEO)
+    outputs = generate(model, make_text(), use_cache=False, return_dict_in_generate=True, **inputs)
+    assert cache_of(outputs) is None and "cache" not in outputs and "past_key_values" not in outputs
+    assert torch.equal(outputs.sequences, expected)
+
+
+@pytest.mark.parametrize("kind", ("image", "video"))
+def test_a_conversation_goes_on_with_grids_whose_pixels_are_gone(model, kind):
+    """As Transformers' own tests continue from a cache."""
+    media = make_media(kind, (1, 4, 6) if kind == "image" else (5, 4, 6))
+    expected = generate(model, make_text(), **media)
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(make_text(), **options, **media)
+    grids = {name: value for name, value in media.items() if name.endswith("grid_thw")}
+    outputs = model.generate(
+        first.sequences, cache=cache_of(first), max_new_tokens=expected.shape[1] - 15, do_sample=False, **grids
+    )
+    assert torch.equal(outputs, expected)
+    with pytest.raises(ValueError, match="grid_thw` was given without"):
+        generate(model, make_text(), **grids)

@@ -230,7 +230,6 @@ FAULTS = {
     "no configuration": (lambda folder: remove(folder, "config.json"), "config.json"),
     "no processor": (lambda folder: remove(folder, "*processor*", "*token*"), "lacks a processor or a tokenizer"),
     "no vocabulary": (lambda folder: remove(folder, "tokenizer.json"), "its vocabulary is missing"),
-    "no chat template": (lambda folder: remove(folder, "chat_template*"), "has no chat template"),
 }
 
 

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -69,6 +70,21 @@ def test_pipeline(task, tiny, question, image):
         )
         assert outputs[0]["generated_text"] == ask(*tiny, content), kind
         assert kind != "video" or outputs[0]["generated_text"] == answer
+
+
+@pytest.mark.parametrize("saved_side", ("left", "right"))
+def test_pipeline_in_batches(saved_side, tiny, question, image, tmp_path):
+    """Prompts of different lengths, also with a checkpoint whose tokenizer was saved to pad on the right."""
+    path, text, _ = question
+    folder = shutil.copytree(TINY_CHECKPOINT, tmp_path / "checkpoint")
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"padding_side": saved_side}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    pipe = pipeline("image-text-to-text", model=str(folder))
+    for media in ([], [{"type": "video", "path": path}], [{"type": "image", "image": image}]):
+        contents = [[*media, {"type": "text", "text": words}] for words in (text, "Hi", "Which colour is it?")]
+        chats = [[{"role": "user", "content": content}] for content in contents]
+        outputs = pipe(text=chats, batch_size=3, max_new_tokens=8, do_sample=False, return_full_text=False)
+        assert [output[0]["generated_text"] for output in outputs] == [ask(*tiny, content) for content in contents]
 
 
 def request(address: str, body: dict | None = None) -> bytes:

@@ -118,7 +118,7 @@ BAD_INPUTS = {
     "positions in floats": (video(position_ids=torch.zeros(1, 3)), "`position_ids` must hold integers"),
     "positions of two rows": (
         video(position_ids=torch.zeros(2, 3).long()),
-        "`position_ids` must be of 1 or 1 rows, got 2",
+        "`position_ids` must have one row, or one for each of the 1 of `input_ids`, got 2 rows",
     ),
     "logits of a negative number": (video(logits_to_keep=-1), "`logits_to_keep` must be at least 0 .*got -1"),
     "logits, a word": (video(logits_to_keep="all"), "`logits_to_keep` must be at least 0 .*got 'all'"),

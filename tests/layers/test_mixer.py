@@ -8,6 +8,7 @@ from tiny_vamba import make_block
 
 from transformers_vamba import VambaTextConfig
 from transformers_vamba.layers.mixer import VambaVisionMixer, split_into_stretches
+from transformers_vamba.ops.scan import CHUNK_SIZE
 
 
 # Lengths of the sequences, and the most tokens that run at once.
@@ -63,8 +64,8 @@ def test_state_hands_on(cuts):
             if piece.shape[1]:
                 mixed, state = block(piece, [piece.shape[1]], state)
                 pieces.append(mixed)
-    torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(state, expected_state, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=3e-5, rtol=1e-4)
+    torch.testing.assert_close(state, expected_state, atol=3e-5, rtol=1e-4)
 
 
 def test_gradient_is_the_same_in_stretches(monkeypatch):
@@ -105,8 +106,20 @@ def test_projections_are_called_as_modules():
 
 
 def test_full_size_scan_fits_in_memory():
-    """The PyTorch scan of the 7B shapes, in stretches whose largest tensor stays near half a gigabyte."""
+    """The PyTorch scan of the 7B shapes, in stretches whose tensors stay near half a gigabyte."""
     with torch.device("meta"):
         mixer = VambaVisionMixer(VambaTextConfig()).mixer
     tokens = mixer.max_tokens(torch.device("cpu"))
-    assert tokens * min(mixer.chunk_size, 64) * mixer.num_heads * mixer.state_size * 4 <= 2**29
+    states = tokens // CHUNK_SIZE * mixer.num_heads * mixer.head_dim * mixer.state_size
+    assert 1024 <= tokens and (2 * tokens * CHUNK_SIZE * mixer.num_heads + states) * 4 <= 2**29
+
+
+def test_autocast_leaves_the_scan_alone():
+    """Under autocast the projections are in bfloat16, and the scan's products in float32 as without it."""
+    block = make_block()
+    conv_inputs, dt = torch.randn(1, 40, block.mixer.conv_dim), torch.randn(1, 40, block.mixer.num_heads)
+    with torch.no_grad():
+        expected, _ = block.mixer._scan(conv_inputs, dt, None, [40])
+        with torch.autocast("cpu", torch.bfloat16):
+            found, _ = block.mixer._scan(conv_inputs, dt, None, [40])
+    torch.testing.assert_close(found, expected)

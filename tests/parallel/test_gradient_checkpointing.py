@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import Trainer, TrainingArguments
 
 from transformers_vamba import modeling_vamba
+from transformers_vamba.layers.video_context import VideoContext
 from transformers_vamba.parallel import gradient_checkpointing as gradient_checkpointing
 
 
@@ -102,9 +103,13 @@ def kept_video_states(model) -> int:
         storages[tensor.untyped_storage().data_ptr()] = tensor.detach()  # alive, so that no other takes its address
         return tensor.detach()  # itself, it could hold the graph that holds it
 
+    context = VideoContext([0], [12], lengths=[120])
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model.model.language_model(
-            input_ids=make_text(), video_states=video_states, video_lengths=[120], rows=[0], use_cache=False
+            input_ids=make_text(),
+            video_states=video_states,
+            video_context=context,
+            use_cache=False,
         )
     assert output.last_hidden_state.requires_grad
     return sum(tensor.untyped_storage().nbytes() >= VIDEO_BYTES for tensor in storages.values())
@@ -175,7 +180,7 @@ def test_a_frozen_tower_keeps_nothing(monkeypatch, trained, checkpointing):
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.model._embed_with_gradient([(VIDEO["pixel_values_videos"].double(), (20, 4, 6))])
+        model.model.visual.encode_with_gradient([(VIDEO["pixel_values_videos"].double(), (20, 4, 6))])
     # A checkpoint keeps the input of the merger in each of seven segments, and a dummy.
     most = {"none of the tower": 0, "merger": 14 if checkpointing else 10**3, "all of the tower": 10**3}[trained]
     assert num_kept <= most and (num_kept > 0) == (most > 0)

@@ -12,9 +12,9 @@ import trl
 from datasets import Dataset
 from packaging.version import Version
 from PIL import Image
-from tiny_vamba import TINY_CHECKPOINT, level_of_frame
+from tiny_vamba import TINY_CHECKPOINT, level_of_frame, tiny_model
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from transformers_vamba import VambaDataCollator
 
@@ -232,16 +232,17 @@ def test_media_of_columns_take_the_place_of_parts_with_an_index(processor):
     torch.testing.assert_close(dict(batch), dict(expected), atol=0, rtol=0)
 
 
-def test_what_nothing_reads_of_a_part_is_named(processor, video_file, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("transformers_vamba"), "propagate", True)
-    part = {**video(video_file), "fps": 2.0, "nframes": None}
-    VambaDataCollator(processor)([{"messages": [user(part, "What?"), assistant("yes")]}])
-    assert any("Nothing reads ['fps'] of a part of type 'video'" in record.message for record in caplog.records)
+def test_images_in_the_form_of_openai(processor, tmp_path):
+    grey_image(10).save(tmp_path / "grey.png")
+    part = {"type": "image_url", "image_url": {"url": str(tmp_path / "grey.png")}}
+    batch = VambaDataCollator(processor)([{"messages": [user(part, "What?"), assistant("yes")]}])
+    expected = VambaDataCollator(processor)([{"messages": [user(image(10), "What?"), assistant("yes")]}])
+    torch.testing.assert_close(dict(batch), dict(expected), atol=0, rtol=0)
 
 
 def test_an_error_does_not_print_a_whole_file(processor):
     row = {"messages": [user({"type": "image"}), assistant("yes")], "images": [{"bytes": bytes(10**5)}]}
-    with pytest.raises(ValueError, match="Cannot train on a row with {'bytes'") as error:
+    with pytest.raises(ValueError, match="Cannot train on a row with {'images': .*'bytes'") as error:
         VambaDataCollator(processor)([row])
     assert len(str(error.value)) < 1000
 
@@ -280,6 +281,13 @@ def broken(tmp_path, video_file):
         "videos": video_file,
     }
     broken["must have `role` and `content`, got \\['role'\\]"] = {"messages": [user("?"), {"role": "assistant"}]}
+    part = {**video(video_file), "fps": 2.0, "nframes": None}
+    broken["nothing reads \\['fps'\\] of a part of type 'video'"] = {"messages": [user(part, "?"), assistant("yes")]}
+    for medium, given in (("image", {"bytes": b"", "path": None}), ("video", {"path": video_file, "bytes": None})):
+        broken[f"Cast its column to `datasets.{medium.capitalize()}\\(\\)`"] = {
+            "messages": [user({"type": medium}, "?"), assistant("yes")],
+            f"{medium}s": [given],
+        }
     broken["no attribute"] = {"messages": [{"role": "user", "content": ["?"]}, assistant("yes")]}
     broken["does not write message 0, of the assistant"] = {"messages": [assistant("yes"), user("?")]}
     return broken
@@ -294,23 +302,72 @@ def test_a_broken_row_stops_the_run_and_is_named(processor, broken):
 @pytest.mark.parametrize("packing", (True, False))
 def test_broken_rows_are_left_out_with_a_warning(processor, rows, broken, packing, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers_vamba"), "propagate", True)
-    mixed = [row for pair in zip(broken.values(), rows * 6) for row in pair]
+    mixed = [row for pair in zip(broken.values(), rows * 7) for row in pair]
     batch = VambaDataCollator(processor, packing=packing, on_error="skip")(mixed)
-    good = VambaDataCollator(processor, packing=packing)((rows * 6)[: len(broken)])
+    good = VambaDataCollator(processor, packing=packing)((rows * 7)[: len(broken)])
+    if not packing:
+        # In the place of each stands a row of one token without a label.
+        assert batch["attention_mask"][::2].sum(1).tolist() == [1] * len(broken)
+        assert (batch["labels"][::2] == -100).all() and not batch["mm_token_type_ids"][::2].any()
+        for name in ("input_ids", "labels", "attention_mask", "mm_token_type_ids"):
+            batch[name] = batch[name][1::2]
+        for name in ("image_sample_ids", "video_sample_ids"):
+            assert (batch[name] % 2 == 1).all()
+            batch[name] = batch[name] // 2
     assert batch.keys() == good.keys() and all(torch.equal(batch[name], good[name]) for name in good)
     warnings = [record.message for record in caplog.records if "is left out" in record.message]
     assert len(warnings) == len(broken)
 
 
-def test_a_batch_without_a_good_row_repeats_the_last_one(processor, rows, broken):
-    collator = VambaDataCollator(processor, on_error="skip")
+@pytest.mark.parametrize("packing", (True, False))
+def test_a_batch_without_a_good_row_has_no_label(processor, rows, broken, packing):
+    collator = VambaDataCollator(processor, packing=packing, on_error="skip")
     bad_rows = list(broken.values())
     with pytest.raises(ValueError, match="None of the 2 rows of the first batch .* Could not read"):
         collator(bad_rows[:2])
     collator([rows[0], bad_rows[0], rows[2], bad_rows[1]])
-    batch = collator(bad_rows)
-    expected = VambaDataCollator(processor)([rows[2]])
-    assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in expected)
+    batch = collator(bad_rows[:3])
+    assert batch["input_ids"].shape == (1 if packing else 3, 1) and (batch["labels"] == -100).all()
+    assert not any("pixel" in name or "sample_ids" in name for name in batch)
+
+
+@pytest.mark.parametrize("packing", (True, False))
+@pytest.mark.parametrize("num_items", (None, torch.tensor(0)))
+@pytest.mark.parametrize("skip_logits", (True, False))
+def test_the_loss_without_a_label_is_zero(processor, rows, broken, packing, num_items, skip_logits):
+    """And no `0 / 0`, which a step would spread over all parameters."""
+    collator = VambaDataCollator(processor, packing=packing, on_error="skip")
+    collator(rows[:1])
+    model = tiny_model(vocab_size=processor.tokenizer.pad_token_id + 10).train()
+    loss = model(**collator(list(broken.values())[:2]), num_items_in_batch=num_items, skip_logits=skip_logits).loss
+    loss.backward()
+    assert loss == 0 and not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("batch_size", (1, 2, 5))
+def test_predictions_keep_to_the_data(tiny_processor, rows, broken, batch_size, tmp_path):
+    """Each row of `predict` is that of the row alone, and one that cannot be read has no label."""
+    bad_rows = list(broken.values())
+    data = [rows[0], bad_rows[0], bad_rows[1], rows[1], rows[2]]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_eval_batch_size=batch_size,
+        use_cpu=True,
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    model = AutoModelForImageTextToText.from_pretrained(TINY_CHECKPOINT)
+    collator = VambaDataCollator(tiny_processor, on_error="skip")
+    trainer = Trainer(model, arguments, data_collator=collator)
+    logits, labels, metrics = trainer.predict(data)
+    assert len(logits) == len(labels) == 5 and np.isfinite(metrics["test_loss"])
+    assert [bool((row != -100).any()) for row in labels] == [True, False, False, True, True]
+    for i in (0, 3, 4):
+        single = VambaDataCollator(tiny_processor)([data[i]])
+        with torch.no_grad():
+            expected = model(**single).logits[0]
+        np.testing.assert_allclose(logits[i][: len(expected)], expected, atol=1e-3)
 
 
 def test_workers_prepare_batches_and_name_what_is_broken(processor, rows, broken):
@@ -332,3 +389,28 @@ def test_workers_prepare_batches_and_name_what_is_broken(processor, rows, broken
 def test_on_error_is_checked(processor):
     with pytest.raises(ValueError, match="must be 'raise' or 'skip', got 'ignore'"):
         VambaDataCollator(processor, on_error="ignore")
+
+
+@pytest.mark.parametrize("kwargs, error", [({"num_frames": 4, "fps": 1.0}, ValueError), ({"fps": 0}, ValueError)])
+@pytest.mark.parametrize("nested", (True, False))
+def test_sampling_is_checked_before_any_row(processor, kwargs, error, nested):
+    """It would be wrong for every video, and with `on_error="skip"` all of them would be left out."""
+    with pytest.raises(error, match="mutually exclusive|must be a positive number"):
+        VambaDataCollator(processor, on_error="skip", processor_kwargs={"videos_kwargs": kwargs} if nested else kwargs)
+
+
+@pytest.mark.parametrize("name", ("text_kwargs", "images_kwargs", "videos_kwargs"))
+def test_arguments_of_a_modality_are_a_dictionary(processor, name):
+    with pytest.raises(TypeError, match=f"`{name}` must be a dictionary of arguments, got None"):
+        VambaDataCollator(processor, processor_kwargs={name: None})
+    with pytest.raises(TypeError, match=f"`{name}` must be a dictionary of arguments, got None"):
+        processor(text="Two?", **{name: None})
+
+
+def test_an_answer_that_is_cut_off(processor):
+    text_kwargs = {"truncation": True, "max_length": 12}
+    collator = VambaDataCollator(processor, processor_kwargs={"text_kwargs": text_kwargs})
+    with pytest.raises(ValueError, match="`max_length=12` cuts all off that the assistant says"):
+        collator([{"messages": [user("What happens in the video?"), assistant("a dog")]}])
+    with pytest.raises(ValueError, match="the assistant says nothing in it"):
+        VambaDataCollator(processor)([{"messages": [user("Hm?")]}])

@@ -286,5 +286,15 @@ def test_prefix_tuning_does_not_lose_the_video_in_generation():
     """PEFT puts a cache of its own, with the prefix, in the place of the one that holds the video."""
     model = adapted_model("prefix tuning")
     model.generate(**INPUTS["text"], max_new_tokens=2)
-    with pytest.raises(AttributeError, match="prefix tuning would replace the cache and lose its videos"):
+    with pytest.raises(RuntimeError, match="has not read the videos .* prefix tuning"):
         model.generate(**INPUTS["video"], max_new_tokens=2)
+
+
+def test_mixed_adapters_beside_videos_are_an_error_that_names_the_cause():
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules="all-linear"))
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules="all-linear"))
+    model.eval()
+    with torch.no_grad():
+        model(**INPUTS["text"], adapter_names=["default", "other"])
+        with pytest.raises(ValueError, match="cannot mix adapters in a batch with images or videos.*set_adapter"):
+            model(**INPUTS["video"], adapter_names=["default", "other"])

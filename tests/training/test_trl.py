@@ -257,32 +257,28 @@ def reward(completions, **kwargs):
     return [float(i % 2) for i in range(len(completions))]
 
 
-class GRPOTrainer(trl.GRPOTrainer):
-    """TRL hands the processor's outputs on by name, to a method that knows those of Qwen2-VL alone."""
-
-    def _get_per_token_logps_and_entropies(self, *args, image_sample_ids=None, **kwargs):
-        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-
-
-GRPO_OPTIONS = {
-    "fresh answers": (trl.GRPOTrainer, {}),
-    "answers used twice": (GRPOTrainer, {"num_iterations": 2, "steps_per_generation": 1}),
-    "held near the reference": (GRPOTrainer, {"beta": 0.1}),
+ONLINE = {
+    "GRPO, fresh answers": (trl.GRPOTrainer, trl.GRPOConfig, {}),
+    "GRPO, answers used twice": (trl.GRPOTrainer, trl.GRPOConfig, {"num_iterations": 2, "steps_per_generation": 1}),
+    "GRPO, several steps for a generation": (trl.GRPOTrainer, trl.GRPOConfig, {"steps_per_generation": 2}),
+    "GRPO, held near the reference": (trl.GRPOTrainer, trl.GRPOConfig, {"beta": 0.1}),
+    "RLOO": (trl.RLOOTrainer, trl.RLOOConfig, {}),
+    "RLOO, without a reference": (trl.RLOOTrainer, trl.RLOOConfig, {"beta": 0.0}),
 }
 
 
-@pytest.mark.parametrize("options", GRPO_OPTIONS)
+@pytest.mark.parametrize("options", ONLINE)
 @pytest.mark.parametrize("kind", ("text", "image", "one or two images"))
-def test_grpo(model, processor, arguments, kind, options):
+def test_grpo_and_rloo(model, processor, arguments, kind, options):
     counts = {"text": None, "image": [1, 1, 1, 1], "one or two images": [2, 1, 2, 1]}[kind]
     rows = [{"prompt": [user(QUESTION)]} | (images(counts[row], row) if counts else {}) for row in range(4)]
-    trainer_class, options = GRPO_OPTIONS[options]
+    trainer_class, config_class, options = ONLINE[options]
     args = arguments | {"num_generations": 2, "max_completion_length": 6, "temperature": 5.0}
     args["per_device_train_batch_size"] = 4  # two questions, two answers to each
     trainer = trainer_class(
         model,
         reward_funcs=reward,
-        args=trl.GRPOConfig(**args, **options),
+        args=config_class(**args, **options),
         train_dataset=Dataset.from_list(rows),
         processing_class=processor,
     )

@@ -3,25 +3,19 @@
 
 import copy
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from ..configuration_vamba import VambaTextConfig
 from ..ops.quantized_attention import QuantizedStates
 from .layers import VambaVideoLayer, resolve_implementation
+from .saving import SavedVideos, load_videos, save_videos
 
 
-CACHE_CONFIG_NAME = "cache_config.json"
 # What a model and a cache must have in common.
 _FIELDS_THAT_FIT = (
     "hidden_size",
@@ -61,11 +55,10 @@ class VambaCache(Cache):
         rows (`list[int | None]`, *optional*):
             Index in `videos` of the video that each row of the batch reads, `None` for a row without one. Unset until
             a batch of text has met the cache.
+        text_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            The text that `generate` has read and written last, of which the cache holds the beginning.
         is_read (`bool`): Whether a layer has read the videos since this was last set to `False`.
     """
-
-    def __new__(cls, config: PreTrainedConfig | None = None, text_cache: Cache | None = None, *args, **kwargs):
-        return super().__new__(VambaStaticCache if isinstance(text_cache, StaticCache) else cls)
 
     def __init__(
         self,
@@ -89,6 +82,16 @@ class VambaCache(Cache):
         self.videos: list[list[VambaVideoLayer]] = []
         self.rows: list[int | None] | None = None
         self.is_read = False
+        self.text_ids: torch.LongTensor | None = None
+
+    @classmethod
+    def around(
+        cls, config: PreTrainedConfig, text_cache: Cache | None, video_cache_implementation: str | None = None
+    ) -> "VambaCache":
+        """A cache that takes over the layers of a text cache; itself a [`StaticCache`] if that is one."""
+        if isinstance(text_cache, StaticCache):
+            cls = VambaStaticCache
+        return cls(config, text_cache, video_cache_implementation)
 
     def __repr__(self):
         return f"{type(self).__name__}(layers={self.layers}, video_lengths={self.video_lengths}, rows={self.rows})"
@@ -100,19 +103,12 @@ class VambaCache(Cache):
 
     @property
     def max_cache_len(self) -> int:
-        """
-        The most text that the cache holds, as `get_max_length`; asked by PEFT's prefix tuning alone, which then puts a
-        cache of its own in the place of this one.
-
-        Raises:
-            AttributeError: where there are videos, which would be lost.
-        """
-        if self.videos:
-            raise AttributeError(
-                "`generate` with prefix tuning would replace the cache and lose its videos. Use another adapter "
-                "(LoRA, prompt tuning), or generate about text alone."
-            )
+        """The most text that the cache holds, like `get_max_length`, under the name by which PEFT asks for it."""
         return self.get_max_length()
+
+    def read_ids(self) -> torch.LongTensor | None:
+        """The tokens of text that the cache holds, `(batch_size, sequence_length)`, as far as they are known."""
+        return None if self.text_ids is None else self.text_ids[:, : self.get_seq_length()]
 
     def add_video(self) -> int:
         """Makes room for one more video and returns its index in `videos`."""
@@ -203,27 +199,8 @@ class VambaCache(Cache):
         Args:
             save_directory (`str` or `os.PathLike`): The folder, made where it is missing.
         """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = None if self.rows is not None and set(self.rows) == {0} else self.rows
-        content = {
-            "num_videos": len(self.videos),
-            "rows": rows,
-            "video_cache_implementation": self.video_cache_implementation,
-            "text_config": self.config.to_dict(),
-        }
-        # What is there already may be what this cache reads, and stays whole until the last file is written.
-        with TemporaryDirectory(dir=folder, prefix=".saving-") as new_folder:
-            for layer_idx, layers in enumerate(zip(*self.videos)):
-                tensors = {
-                    f"{video}.{name}": tensor.contiguous()
-                    for video, layer in enumerate(layers)
-                    for name, tensor in layer.state_dict().items()
-                }
-                save_file(tensors, Path(new_folder) / f"layer-{layer_idx:05d}.safetensors")
-            (Path(new_folder) / CACHE_CONFIG_NAME).write_text(json.dumps(content, indent=2, default=str) + "\n")
-            for path in Path(new_folder).iterdir():
-                path.replace(folder / path.name)
+        videos = SavedVideos(self.videos, self.rows, self.video_cache_implementation)
+        save_videos(save_directory, self.config, videos)
 
     @classmethod
     def from_pretrained(
@@ -244,34 +221,11 @@ class VambaCache(Cache):
 
         Raises:
             `FileNotFoundError`: where there is no such folder, or one without a processed video.
-            `ValueError`: for a file that is damaged.
+            `ValueError`: for files that are damaged, of different saves, or do not hold the same videos.
         """
-        folder = Path(save_directory)
-        if not (folder / CACHE_CONFIG_NAME).is_file():
-            raise FileNotFoundError(f"Expected a folder with a {CACHE_CONFIG_NAME}, got {str(folder)!r}.")
-        content = json.loads((folder / CACHE_CONFIG_NAME).read_text())
-        saved_as = content["video_cache_implementation"]
-        cache = cls(
-            VambaTextConfig(**content["text_config"]),
-            video_cache_implementation=video_cache_implementation or saved_as,
-        )
-        layer_class, offloading = cache._video_layer_class, cache.is_video_offloaded
-        saved_class, _ = resolve_implementation(saved_as)
-        device = torch.device(device)
-        cache.videos = [[] for _ in range(content["num_videos"])]
-        cache.rows = content["rows"]
-        for layer_idx in range(cache.config.num_hidden_layers if cache.videos else 0):
-            path = folder / f"layer-{layer_idx:05d}.safetensors"
-            try:
-                tensors = load_file(path, device="cpu" if offloading else str(device))
-                for video, layers in enumerate(cache.videos):
-                    prefix = f"{video}."
-                    states = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-                    layer = saved_class(offloading)
-                    layer.load_state_dict(states, device)
-                    layers.append(layer if saved_class is layer_class else layer_class.convert(layer, offloading))
-            except (SafetensorError, KeyError) as error:
-                raise ValueError(f"The processed video is damaged: {str(path)!r} ({error}).") from error
+        config, saved = load_videos(save_directory, torch.device(device), video_cache_implementation)
+        cache = cls(config, video_cache_implementation=saved.implementation)
+        cache.videos, cache.rows = saved.videos, saved.rows
         return cache
 
     def fork(self) -> "VambaCache":
@@ -286,11 +240,13 @@ class VambaCache(Cache):
         fork.rows = None if self.rows is None else list(self.rows)
         return fork
 
-    def to(self, device: torch.device | str) -> "VambaCache":
+    def to(self, device: torch.device | str | None) -> "VambaCache":
         """
-        Moves the cache to a device, in place, and returns it. Videos that are offloaded stay in the host's memory, and
-        are read on that device from then on.
+        Moves the cache to a device, in place, and returns it; `None` and its own device leave it as it is. Videos that
+        are offloaded stay in the host's memory, and are read on that device from then on.
         """
+        if device is None:
+            return self
         for layer in self.layers:
             for name, value in vars(layer).items():
                 if isinstance(value, torch.Tensor):
@@ -298,13 +254,13 @@ class VambaCache(Cache):
             if layer.is_initialized:
                 layer.device = layer.keys.device
         for layer in itertools.chain(*self.videos):
-            layer.load_state_dict(layer.state_dict(), torch.device(device))
+            layer.to(torch.device(device))
         return self
 
     def reset(self) -> None:
         """Forgets the text and the videos."""
         super().reset()
-        self.videos, self.rows = [], None
+        self.videos, self.rows, self.text_ids = [], None, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -316,10 +272,12 @@ class VambaCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
+        self.text_ids = None
         if self.rows is not None:
             self.rows = [row for row in self.rows for _ in range(repeats)]
 
     def _select_rows(self, indices: torch.Tensor) -> None:
+        self.text_ids = None
         # Where all rows read the same video, as beams do, there is nothing to look up on the device.
         if self.rows is not None and (len(set(self.rows)) > 1 or len(indices) != len(self.rows)):
             self.rows = [self.rows[index] for index in torch.arange(len(self.rows))[indices.cpu()].tolist()]

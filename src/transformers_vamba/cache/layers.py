@@ -5,7 +5,7 @@ import copy
 
 import torch
 
-from ..inputs.checks import video_dtype_error
+from ..inputs.checks import video_device_error, video_dtype_error
 from ..ops.quantized_attention import QuantizedStates, quantize
 from ..ops.state import MambaState
 from .storage import DeviceStorage, HostStorage
@@ -30,8 +30,21 @@ class VambaVideoLayer:
     other_tensors = ()
 
     def __init__(self, offloading: bool = False):
-        self.mixer_state: MambaState | None = None
+        self._mixer_state: tuple[torch.Tensor, ...] = ()
         self._storage = HostStorage() if offloading else DeviceStorage()
+
+    @property
+    def mixer_state(self) -> MambaState | None:
+        """The state after the last token, `None` before there is one."""
+        if self._mixer_state and self._mixer_state[0].is_inference() and not torch.is_inference_mode_enabled():
+            # Autograd takes no tensor that was made in inference mode.
+            self._mixer_state = tuple(tensor.clone() for tensor in self._mixer_state)
+        return MambaState(*self._mixer_state) if self._mixer_state else None
+
+    @mixer_state.setter
+    def mixer_state(self, state: MambaState | None) -> None:
+        # Transformers' exporters rebuild tuples from an iterator, which a named one does not take.
+        self._mixer_state = tuple(state or ())
 
     @property
     def keys(self) -> torch.Tensor:
@@ -55,7 +68,7 @@ class VambaVideoLayer:
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Appends keys and values, `(1, num_key_value_heads, num_tokens, head_dim)`."""
-        self._check_dtype(key_states)
+        self._check_kind(key_states)
         if isinstance(self._storage, HostStorage):
             self._refuse_gradient(key_states)
         self._storage.append((key_states, value_states))
@@ -65,10 +78,12 @@ class VambaVideoLayer:
         self._storage.crop(num_tokens)
         self.mixer_state = mixer_state
 
-    def _check_dtype(self, states: torch.Tensor) -> None:
+    def _check_kind(self, states: torch.Tensor) -> None:
         # The last of the tensors that are kept, values or their scales, has the dtype of what came.
         if self._storage.dtype not in (None, states.dtype):
             raise video_dtype_error(self._storage.dtype, states.dtype, "appended to")
+        if self._storage.device not in (None, states.device):
+            raise video_device_error(self._storage.device, states.device, "appended to")
 
     def _refuse_gradient(self, states: torch.Tensor) -> None:
         if states.requires_grad:
@@ -80,6 +95,14 @@ class VambaVideoLayer:
     def read(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[QuantizedStates, QuantizedStates]:
         """Keys and values on the device, as the cross-attention takes them."""
         return self._storage.read()
+
+    def to(self, device: torch.device) -> None:
+        """Moves all tensors to a device, or lets those in the host's memory be read there."""
+        self._storage.to(device)
+        for name in self.other_tensors:
+            setattr(self, name, getattr(self, name).to(device))
+        if self.mixer_state is not None:
+            self.mixer_state = MambaState(*(tensor.to(device) for tensor in self.mixer_state))
 
     def prefetch(self) -> None:
         """Where they are kept in the host's memory, begins to bring keys and values to the device."""
@@ -141,7 +164,7 @@ class VambaQuantizedVideoLayer(VambaVideoLayer):
         return self.read()[1].dequantize()
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self._check_dtype(key_states)
+        self._check_kind(key_states)
         self._refuse_gradient(key_states)
         if self.key_centre is None:
             self.key_centre, self.value_centre = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory for tensors that grow by tokens and are never changed: on their device, or in the host's memory."""
+"""Append-only tensors, grown along the token axis: on their device, or in the host's memory."""
 
 import functools
 
@@ -25,6 +25,11 @@ class DeviceStorage:
     def dtype(self) -> torch.dtype | None:
         """Of the last tensor, `None` before there is one."""
         return self._states[-1].dtype if self._states else None
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where they are read, `None` before there is one."""
+        return self._states[0].device if self._states else None
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +59,8 @@ class DeviceStorage:
         # One tensor at a time is there twice, and should the memory not suffice, each is still there once.
         grown, self._memory = [], []
         for i, new in enumerate(states):
-            grown.append(new.new_empty(*new.shape[:2], capacity, new.shape[-1]))
+            with torch.inference_mode(False):  # or it could be written in inference mode alone
+                grown.append(torch.empty(*new.shape[:2], capacity, new.shape[-1], dtype=new.dtype, device=new.device))
             if num_tokens:
                 moved = grown[i][:, :, :num_tokens]
                 moved.copy_(self._states[i])
@@ -74,6 +80,11 @@ class DeviceStorage:
     def load(self, states: tuple[torch.Tensor, ...], device: torch.device) -> None:
         """Takes over tensors that have been saved."""
         self._states, self._memory = tuple(tensor.to(device) for tensor in states), []
+
+    def to(self, device: torch.device) -> None:
+        """Moves the tensors to a device."""
+        if self.device not in (None, torch.empty(0, device=device).device):
+            self.load(self._states, device)
 
     def prefetch(self) -> None:
         """There is nothing to bring."""
@@ -101,14 +112,14 @@ class HostStorage:
 
     def __init__(self):
         self.num_tokens = 0
-        self._device: torch.device | None = None
+        self.device: torch.device | None = None  # where they are read
         self._blocks: list[list[torch.Tensor]] = []  # of each tensor `(tokens_per_block, num_heads, size)`
         self._shares_last_block = False
         self._fetched: tuple[torch.Tensor, ...] | None = None
 
     @property
     def _is_pinned(self) -> bool:
-        return self._device is not None and self._device.type == "cuda"
+        return self.device is not None and self.device.type == "cuda"
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -125,7 +136,7 @@ class HostStorage:
 
     def append(self, states: tuple[torch.Tensor, ...]) -> None:
         """Writes `(1, num_heads, num_new_tokens, size)` of each tensor behind what is there."""
-        self._device = self._device or states[0].device
+        self.device = self.device or states[0].device
         self._fetched = None
         states = tuple(new[0].transpose(0, 1).contiguous() for new in states)
         start, num_new_tokens = 0, len(states[0])
@@ -151,35 +162,36 @@ class HostStorage:
 
     def _new_block(self, states: torch.Tensor) -> torch.Tensor:
         shape = (self.tokens_per_block, *states.shape[1:])
-        return torch.empty(shape, dtype=states.dtype, pin_memory=self._is_pinned)
+        with torch.inference_mode(False):  # or it could be written in inference mode alone
+            return torch.empty(shape, dtype=states.dtype, pin_memory=self._is_pinned)
 
     def read(self) -> tuple[torch.Tensor, ...]:
         """All tokens of each tensor, on the device. Nothing is kept of them there."""
         if self._fetched is None:
             return self._fetch()
         if self._is_pinned:
-            torch.cuda.current_stream(self._device).wait_stream(copy_stream(self._device))
+            torch.cuda.current_stream(self.device).wait_stream(copy_stream(self.device))
         fetched, self._fetched = self._fetched, None
         return fetched
 
     def prefetch(self) -> None:
         """Begins to bring all tokens to the device, for the next `read`."""
-        if self._fetched is not None or self._device is None:
+        if self._fetched is not None or self.device is None:
             return
         if not self._is_pinned:
             self._fetched = self._fetch()
             return
         # What has been written is on its way to the host, and what has been read before may still be in use in memory
         # that is taken again.
-        stream = copy_stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream = copy_stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self._fetched = self._fetch()
 
     def _fetch(self) -> tuple[torch.Tensor, ...]:
         fetched = []
         for blocks in zip(*self._blocks):
-            states = blocks[0].new_empty(self.num_tokens, *blocks[0].shape[1:], device=self._device)
+            states = blocks[0].new_empty(self.num_tokens, *blocks[0].shape[1:], device=self.device)
             for piece, block in zip(states.split(self.tokens_per_block), blocks):
                 piece.copy_(block[: len(piece)], non_blocking=self._is_pinned)
             fetched.append(states.transpose(0, 1)[None])
@@ -191,21 +203,26 @@ class HostStorage:
         return tuple(torch.cat(blocks)[: self.num_tokens].transpose(0, 1)[None] for blocks in zip(*self._blocks))
 
     def load(self, states: tuple[torch.Tensor, ...], device: torch.device) -> None:
-        """Takes over tensors that have been saved."""
-        self._wait()
-        self.__init__()
-        self._device = device
+        """Takes over tensors that have been saved, into an empty storage."""
+        self.device = device
         self.append(states)
+
+    def to(self, device: torch.device) -> None:
+        """Lets the tensors be read on a device."""
+        self._wait()
+        self.device, self._fetched = device, None
+        if self._is_pinned:
+            self._blocks = [[m if m.is_pinned() else m.pin_memory() for m in block] for block in self._blocks]
 
     def _wait(self) -> None:
         # What the device writes to pinned memory is there once it has done so.
         if self._is_pinned:
-            torch.cuda.synchronize(self._device)
+            torch.cuda.synchronize(self.device)
 
     def fork(self) -> "HostStorage":
         """A second view of the same memory: a fork that appends copies no more than the last block."""
         fork = HostStorage()
-        fork.num_tokens, fork._device, fork._blocks = self.num_tokens, self._device, list(self._blocks)
+        fork.num_tokens, fork._device, fork._blocks = self.num_tokens, self.device, list(self._blocks)
         fork._shares_last_block = True
         return fork
 

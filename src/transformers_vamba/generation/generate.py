@@ -2,24 +2,61 @@
 """`generate` for a model whose videos are encoded once, into the cache, before anything is repeated."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 import transformers
+from torch import nn
 from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput
 
 from ..cache.cache import VambaCache
-from ..compat import CACHE_NAME, NEWEST_TESTED, OLDEST_TESTED, rename_cache
-from ..inputs.checks import check_prompt_goes_on
-from ..inputs.media import group_media_by_row, pop_media
+from ..compat import CACHE_NAME, NEWEST_TESTED, OLDEST_TESTED, rename_cache, takes_cache
+from ..inputs.checks import check_prompt_goes_on, check_prompt_repeats, check_tensor
+from ..inputs.media import Medium, drop_grids_without_pixels, group_media_by_row, pop_media
+from ..layers.vision import SEGMENT_FRAMES
+
+
+MAX_ROWS = 2**16  # of a cache that is filled before any text comes: a larger row number is a mistake
 
 
 # Arguments of `generate` that it reads itself, and hands on with those of `forward`.
 _READ_BY_GENERATE = ("tokenizer", "assistant_tokenizer")
 
 
+@contextmanager
+def checkpointing_paused(model: nn.Module) -> Iterator[None]:
+    """
+    Turns gradient checkpointing off within the block. Before Transformers 5.24 a checkpointed layer drops its cache in
+    training mode, also if there is no gradient, and the tokens that are generated would not know what came before.
+    """
+    paused = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in paused:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in paused:
+            module.gradient_checkpointing = True
+
+
 class VambaGenerationMixin(GenerationMixin):
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
-        return super().generate(*args, **rename_cache(kwargs))
+        kwargs = rename_cache(kwargs)
+        with checkpointing_paused(self):
+            outputs = super().generate(*args, **kwargs)
+        is_dict = isinstance(outputs, ModelOutput)
+        cache = outputs.get(CACHE_NAME) if is_dict else kwargs.get(CACHE_NAME)
+        if not isinstance(cache, VambaCache):
+            return outputs
+        if cache.get_seq_length() > 0:
+            cache.text_ids = outputs.sequences if is_dict else outputs
+        elif is_dict:
+            # With `use_cache=False` it has served for the videos alone.
+            return type(outputs)(**{name: value for name, value in outputs.items() if name != CACHE_NAME})
+        return outputs
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args, **kwargs):
@@ -30,19 +67,30 @@ class VambaGenerationMixin(GenerationMixin):
         return rename_cache(inputs, "past_key_values")
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        # An answer from another cache than this would be nonsense, without a word.
         cache = model_kwargs.get(CACHE_NAME)
-        has_videos = isinstance(cache, VambaCache) and any(row is not None for row in cache.rows or ())
-        if has_videos:
-            cache.is_read = False
+        if not isinstance(cache, VambaCache):
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        if input_ids.shape[1] == self._prompt_length(generation_config, model_kwargs):
+            check_prompt_repeats(cache.read_ids(), input_ids, model_kwargs.get("attention_mask"))
+            cache.text_ids = input_ids
+        cache.is_read = False
         outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        if has_videos and not cache.is_read:
+        # An answer from another cache than this would be nonsense, without a word.
+        if not cache.is_read and any(row is not None for row in cache.rows or ()):
             raise RuntimeError(
-                f"The decoder has not read the videos of the cache that `generate` prepared as `{CACHE_NAME}`: this "
-                f"version of Transformers ({transformers.__version__}) hands it on in another way. Install "
-                f"Transformers {OLDEST_TESTED} to {NEWEST_TESTED}."
+                f"The decoder has not read the videos of the cache that `generate` has prepared as `{CACHE_NAME}`. "
+                "Something has put another cache in its place, as prefix tuning with PEFT does: use another adapter "
+                f"(LoRA, prompt tuning). Or Transformers {transformers.__version__} hands it on in another way: "
+                f"install version {OLDEST_TESTED} to {NEWEST_TESTED}."
             )
         return outputs
+
+    @staticmethod
+    def _prompt_length(generation_config, model_kwargs) -> int | None:
+        """Tokens of the prompt, those that the cache holds among them; `None` if that is not known."""
+        mask = model_kwargs.get("attention_mask")
+        # A mask of ones is dropped by Transformers, which notes its length.
+        return getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
 
     def _expand_inputs_for_generation(self, *args, **model_kwargs):
         # Beams and samples share their images and videos, which go into the cache before anything is repeated.
@@ -58,41 +106,34 @@ class VambaGenerationMixin(GenerationMixin):
         # Bringing videos from the host's memory cannot be part of a CUDA graph, and takes longer than one would save.
         cache = model_kwargs.get(CACHE_NAME)
         is_offloaded = isinstance(cache, VambaCache) and cache.is_video_offloaded
-        return not is_offloaded and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        # Accelerate's hooks, which bring tensors from one device to the next, compile anew for each layer.
+        is_spread = len(set(getattr(self, "hf_device_map", {}).values())) > 1
+        can_compile = not is_offloaded and not is_spread
+        return can_compile and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         encoded = model_kwargs.get(CACHE_NAME)
         implementation = model_kwargs.pop("video_cache_implementation", None)
-        # Where the mask is all ones, Transformers drops it and notes its length.
-        mask = model_kwargs.get("attention_mask")
-        length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
-        past_length = 0
+        prompt_length = self._prompt_length(generation_config, model_kwargs)
         if isinstance(encoded, VambaCache):
-            past_length = encoded.get_seq_length()
-            check_prompt_goes_on(past_length, length)
+            check_prompt_goes_on(encoded.get_seq_length(), prompt_length)
             encoded.check_video_cache_implementation(implementation)
             implementation = encoded.video_cache_implementation
-            if past_length == 0 and generation_config.cache_implementation is not None:
+            if encoded.get_seq_length() == 0 and generation_config.cache_implementation is not None:
                 # A cache with videos alone leaves open which kind of cache the text gets.
                 del model_kwargs[CACHE_NAME]
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        media_inputs = pop_media(model_kwargs)
-        media = group_media_by_row(batch_size, self.config.vision_config, **media_inputs)
-        marks = media_inputs.get("mm_token_type_ids")
-        if past_length and marks is not None:
-            # The prompt of a conversation that goes on brings the media of its earlier turns, which the cache holds.
-            start = 0 if length is None else length - marks.shape[1]  # it may bring the new tokens alone
-            num_held = marks[:, : max(past_length - start, 0)].count_nonzero(dim=1).tolist()
-            media = [row_media[num:] for row_media, num in zip(media, num_held)]
+        past_length = encoded.get_seq_length() if isinstance(encoded, VambaCache) else 0
+        media = self._take_new_media(model_kwargs, batch_size, past_length, prompt_length)
         cache = model_kwargs.get(CACHE_NAME)
         if cache is None and not any(media):
             return
         if not isinstance(cache, VambaCache):
-            cache = VambaCache(self.config, cache, implementation)
+            cache = VambaCache.around(self.config, cache, implementation)
             if isinstance(encoded, VambaCache):
                 cache.videos, cache.rows = encoded.videos, encoded.rows
         self.model.encode_media(media, cache)
@@ -101,3 +142,89 @@ class VambaGenerationMixin(GenerationMixin):
         if cache.is_compileable and not cache.is_video_offloaded:
             cache.mark_static_videos()
         model_kwargs[CACHE_NAME] = cache
+
+    def _take_new_media(
+        self, model_kwargs: dict, batch_size: int, past_length: int, prompt_length: int | None
+    ) -> list[list[Medium]]:
+        """
+        Takes the images and videos out of the arguments, and returns those of each row that the cache does not hold: a
+        prompt that goes on after `past_length` tokens may bring the media of its earlier turns, or their grids alone.
+        """
+        inputs = pop_media(model_kwargs)
+        if past_length:
+            inputs = drop_grids_without_pixels(inputs)
+        media = group_media_by_row(batch_size, self.config.vision_config, **inputs)
+        marks = inputs.get("mm_token_type_ids")
+        if not past_length or marks is None or not any(media):
+            return media
+        start = 0 if prompt_length is None else prompt_length - marks.shape[1]  # it may bring the new tokens alone
+        num_held = marks[:, : max(past_length - start, 0)].count_nonzero(dim=1).tolist()
+        return [row_media[num:] for row_media, num in zip(media, num_held)]
+
+    @takes_cache
+    @torch.no_grad()
+    def encode_video(
+        self,
+        pixel_values_videos: torch.FloatTensor,
+        video_grid_thw: torch.LongTensor,
+        video_sample_ids: torch.LongTensor | None = None,
+        cache: VambaCache | None = None,
+        segment_frames: int = SEGMENT_FRAMES,
+        num_remaining_tokens: int = 0,
+        video_cache_implementation: str | None = None,
+    ) -> VambaCache:
+        r"""
+        Encodes videos without any text, or appends to videos encoded before (a live stream, or a long file in pieces).
+        Ask questions against the result with `generate(..., cache=cache.fork())`.
+
+        Args:
+            pixel_values_videos (`torch.FloatTensor` of shape `(num_patches, patch_dim)`):
+                Patches of the videos, on any device: a segment at a time moves to the model's.
+            video_grid_thw (`torch.LongTensor` of shape `(num_videos, 3)`):
+                Frames (in steps of `temporal_patch_size`), height and width of each video, in patches.
+            video_sample_ids (`torch.LongTensor` of shape `(num_videos,)`, *optional*):
+                The row that each video belongs to, for a cache of several rows. By default all are of one row, in
+                order.
+            cache ([`VambaCache`], *optional*): The cache to append to, in place.
+            segment_frames (`int`, *optional*, defaults to 64):
+                Frames that go through the model at once. Bounds the memory and changes the result by rounding only.
+            num_remaining_tokens (`int`, *optional*, defaults to 0):
+                Tokens of the video that further calls will append, as the segments of `iter_video_segments` say: the
+                memory of the cache is sized for them as well, and does not have to grow.
+            video_cache_implementation (`str`, *optional*):
+                How a new cache keeps the video: `"dynamic"` (the default), `"quantized"` in 8 bits, `"offloaded"` to
+                the host's memory, or `"offloaded_quantized"`. See [`VambaCache`].
+
+        Returns:
+            [`VambaCache`]: The cache given, or a new one. A call that fails, for want of memory for one, or that is
+            interrupted leaves the cache given as it was.
+
+        Raises:
+            ValueError: where patches, grids and rows do not match, or the cache keeps its videos in another way.
+        """
+        if not isinstance(num_remaining_tokens, int) or num_remaining_tokens < 0:
+            raise ValueError(f"`num_remaining_tokens` must be an integer of at least 0, got {num_remaining_tokens!r}.")
+        if not isinstance(segment_frames, int) or segment_frames < 1:
+            raise ValueError(f"`segment_frames` must be an integer of at least 1, got {segment_frames!r}.")
+        if cache is not None and not isinstance(cache, VambaCache):
+            raise TypeError(f"`cache` must be a VambaCache, got {type(cache).__name__}.")
+        if cache is None:
+            cache = VambaCache(self.config, video_cache_implementation=video_cache_implementation)
+        else:
+            cache.check_video_cache_implementation(video_cache_implementation)
+        rows_read = cache.rows
+        num_rows = max(1, len(cache.videos))
+        if video_sample_ids is not None:
+            check_tensor("video_sample_ids", video_sample_ids, False, ("number of videos",))
+            num_rows = max(num_rows, min(max([0, *video_sample_ids.tolist()]) + 1, MAX_ROWS))
+        media = group_media_by_row(
+            num_rows if rows_read is None else len(rows_read),
+            self.config.vision_config,
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
+            video_sample_ids=video_sample_ids,
+        )
+        self.model.encode_media(media, cache, segment_frames, num_remaining_tokens)
+        if rows_read is None and cache.rows == list(range(len(cache.videos))):
+            cache.rows = None  # no text has been read yet: any number of rows may come to read the video
+        return cache

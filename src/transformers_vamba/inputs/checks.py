@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of arguments: an error that names the argument, what was given and what was expected."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,7 +73,10 @@ def check_text(
         axes = ("axes",) if getattr(position_ids, "ndim", 2) == 3 else ()
         check_tensor("position_ids", position_ids, False, (*axes, "batch_size", sequence_length))
         if position_ids.shape[-2] not in (1, batch_size):
-            raise ValueError(f"`position_ids` must be of 1 or {batch_size} rows, got {position_ids.shape[-2]}.")
+            raise ValueError(
+                f"`position_ids` must have one row, or one for each of the {batch_size} of `{name}`, got "
+                f"{position_ids.shape[-2]} rows."
+            )
 
 
 def check_no_media_expected(config: PreTrainedConfig, input_ids: Any, mm_token_type_ids: Any) -> None:
@@ -97,6 +102,21 @@ def check_no_media_expected(config: PreTrainedConfig, input_ids: Any, mm_token_t
             logger.warning_once(f"The text has places (`<|vision_start|><|vision_end|>`) for {hint}")
 
 
+@contextmanager
+def adapter_names_explained() -> Iterator[None]:
+    """PEFT counts one adapter per row, and the layers also see videos: says so if it fails within the block."""
+    try:
+        yield
+    except ValueError as error:
+        if "adapter_names" not in str(error):
+            raise
+        raise ValueError(
+            "PEFT cannot mix adapters in a batch with images or videos, whose tokens go through the text's layers "
+            "and belong to no row. Leave `adapter_names` out and use one adapter at a time, by `set_adapter`. "
+            f"({error})"
+        ) from error
+
+
 def check_prompt_goes_on(past_length: int, length: int | None) -> None:
     """
     Raises a `ValueError` where a prompt, of `length` tokens with the `past_length` that the cache holds, brings
@@ -110,9 +130,42 @@ def check_prompt_goes_on(past_length: int, length: int | None) -> None:
         )
 
 
+def check_prompt_repeats(text_ids: torch.Tensor | None, input_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """
+    Raises a `ValueError` unless a prompt begins with the tokens that the cache has read.
+
+    Args:
+        text_ids (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*): What the cache has read.
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The whole prompt.
+        mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 for padding, which may differ.
+    """
+    if text_ids is None or len(text_ids) != len(input_ids):
+        return
+    length = min(text_ids.shape[1], input_ids.shape[1])
+    differs = text_ids[:, :length].to(input_ids.device) != input_ids[:, :length]
+    if mask is not None:
+        differs &= mask[:, :length].to(differs.device).bool()
+    if differs.any():
+        row, place = differs.nonzero()[0].tolist()
+        raise ValueError(
+            f"The prompt does not go on from the text that the cache has read: token {place} of row {row} is "
+            f"{int(input_ids[row, place])}, and the cache has read {int(text_ids[row, place])}. To ask several "
+            "questions about one video, give each a fork of the cache from before the first: "
+            "`generate(..., cache=cache.fork())`."
+        )
+
+
 def video_dtype_error(held: torch.dtype, other: torch.dtype, use: str) -> ValueError:
     """What to raise for a video in the dtype `held` whose `use`, "read" say, is in another."""
     return ValueError(
         f"The cache holds a video in {held}, and is {use} in {other}. Load the model with `dtype={held}`, or encode "
         "the video anew."
+    )
+
+
+def video_device_error(held: torch.device, other: torch.device, use: str) -> ValueError:
+    """What to raise for a video on the device `held` whose `use`, "read" say, is on another."""
+    return ValueError(
+        f"The cache holds a video on {held}, and is {use} on {other}. Move it with `cache.to(model.device)`, or load "
+        "it there: `VambaCache.from_pretrained(folder, device=model.device)`."
     )

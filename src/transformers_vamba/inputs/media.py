@@ -31,6 +31,14 @@ def pop_media(model_kwargs: dict) -> dict:
     return {name: model_kwargs.pop(name) for name in MEDIA_INPUTS if name in model_kwargs}
 
 
+def drop_grids_without_pixels(inputs: dict) -> dict:
+    """The inputs without those that describe media whose pixels are gone."""
+    for pixels, *descriptions in (MEDIA_INPUTS[:3], MEDIA_INPUTS[3:6]):
+        if inputs.get(pixels) is None:
+            inputs = {name: value for name, value in inputs.items() if name not in descriptions}
+    return inputs
+
+
 def count_patch_values(vision_config: Qwen2VLVisionConfig) -> int:
     """The number of pixel values in a patch, `patch_dim`."""
     return vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
@@ -60,7 +68,8 @@ def group_media_by_row(
         vision_config ([`Qwen2VLVisionConfig`]): Says how large a patch is, and how many are merged.
         pixel_values (`torch.Tensor` of shape `(num_patches, patch_dim)`, *optional*): Patches of all images.
         image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*): Grid of each image, in patches.
-        image_sample_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*): The row of each image.
+        image_sample_ids (`torch.LongTensor` of shape `(num_images,)` or `(num_images, 2)`, *optional*):
+            The row of each image, or the first and the last of the rows that share it.
         pixel_values_videos, video_grid_thw, video_sample_ids: The same of videos.
         mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             1 where the prompt has an image, 2 where it has a video. Without it a row's images come before its videos.
@@ -146,32 +155,42 @@ def _split_by_row(
             )
     num_patches = [math.prod(grid) for grid in grids]
     if pixel_values.shape[0] != sum(num_patches):
+        cause = ""
+        if pixel_values.shape[0] < sum(num_patches):
+            cause = (
+                " If the data set is streamed, Accelerate has cut the batch by row, and pixels have none: pass "
+                '`accelerator_config={"dispatch_batches": False}` to the trainer.'
+            )
         raise ValueError(
             f"`{pixels_name}` must have shape ({sum(num_patches)}, {patch_dim}) to match `{grid_name}`, got "
-            f"{tuple(pixel_values.shape)}."
+            f"{tuple(pixel_values.shape)}.{cause}"
         )
 
     if sample_ids is not None:
-        check_tensor(ids_name, sample_ids, False, ("number of media",))
+        is_shared = getattr(sample_ids, "ndim", 1) == 2
+        check_tensor(ids_name, sample_ids, False, ("number of media", 2) if is_shared else ("number of media",))
         sample_ids = sample_ids.tolist()
         if len(sample_ids) != len(grids):
             raise ValueError(f"`{ids_name}` has {len(sample_ids)} entries for the {len(grids)} of `{grid_name}`.")
-        if sample_ids and not 0 <= min(sample_ids) <= max(sample_ids) < batch_size:
+        spans = sample_ids if is_shared else [(row, row) for row in sample_ids]
+        if not all(0 <= first <= last < batch_size for first, last in spans):
             raise ValueError(
                 f"`{ids_name}` must lie in 0..{batch_size - 1}, the rows of the batch; got {sample_ids}. (Samples "
                 "packed in one row are told apart by `position_ids` that start anew; no `attention_mask`, no cache.)"
             )
     elif batch_size == 1:
-        sample_ids = [0] * len(grids)
+        spans = [(0, 0)] * len(grids)
     elif len(grids) == batch_size:
-        sample_ids = range(batch_size)
+        spans = [(row, row) for row in range(batch_size)]
     else:
         raise ValueError(
             f"`{grid_name}` describes {len(grids)} media for {batch_size} rows: say with `{ids_name}` which row each "
             "belongs to."
         )
-    for pixels, grid, row in zip(pixel_values.split(num_patches), grids, sample_ids):
-        rows[row].append((pixels, grid))
+    for pixels, grid, (first, last) in zip(pixel_values.split(num_patches), grids, spans):
+        medium = (pixels, grid)
+        for row in range(first, last + 1):
+            rows[row].append(medium)
     return rows
 
 

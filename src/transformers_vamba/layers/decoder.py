@@ -15,13 +15,15 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     eager_attention_forward,
 )
 
-from ..cache.cache import VambaCache
 from ..cache.layers import VambaVideoLayer
 from ..configuration_vamba import VambaTextConfig
-from ..inputs.checks import video_dtype_error
+from ..inputs.checks import video_device_error, video_dtype_error
+from ..ops.flash_attention import attend_with_flash, prefers_flash
 from ..ops.quantized_attention import QuantizedStates, attend_quantized
+from ..parallel.gradient_checkpointing import plain_checkpoint, run_in_parts
 from ..parallel.sequence import attend_across_ranks, state_of_earlier_ranks
 from .mixer import VambaVisionMixer
+from .video_context import VideoContext
 
 
 # A run of text tokens, through the rows of a batch: how many they are, and the keys and values of the videos that they
@@ -63,26 +65,7 @@ class VambaCrossAttention(Qwen2VLAttention):
             sequence_parallel_group (`ProcessGroup`, *optional*): The processes that hold a part of the video each.
         """
         query_states = self.q_proj(hidden_states).flatten(0, 1)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-
-        def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-            if sequence_parallel_group is not None:
-                output = attend_across_ranks(query, keys, values, self.scaling, sequence_parallel_group)
-                return output.transpose(1, 2)
-            attn_output, _ = attention_interface(
-                self,
-                query,
-                keys,
-                values,
-                None,
-                dropout=0.0 if not self.training else self.attention_dropout,
-                scaling=self.scaling,
-                is_causal=False,
-            )
-            return attn_output
-
+        attend = partial(self._attend, group=sequence_parallel_group)
         outputs = []
         for query, (_, keys, values) in zip(query_states.split([num_tokens for num_tokens, *_ in reads]), reads):
             if keys is None:
@@ -90,6 +73,8 @@ class VambaCrossAttention(Qwen2VLAttention):
                 continue
             if keys.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
                 raise video_dtype_error(keys.dtype, query.dtype, "read")
+            if keys.device != query.device:
+                raise video_device_error(keys.device, query.device, "read")
             # (num_videos, num_key_value_heads, num_tokens, heads that share a key, head_dim)
             heads_per_key = self.num_heads // self.num_key_value_heads
             query = query.reshape(keys.shape[0], -1, keys.shape[1], heads_per_key, self.head_dim).transpose(1, 2)
@@ -101,17 +86,30 @@ class VambaCrossAttention(Qwen2VLAttention):
             outputs.append(attn_output.reshape(-1, query_states.shape[-1]))
         return self.o_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view(hidden_states.shape)
 
+    def _attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: ProcessGroup | None
+    ) -> torch.Tensor:
+        """Of a query `(num_videos, num_heads, num_queries, head_dim)`; the output has its middle axes exchanged."""
+        if group is not None:
+            return attend_across_ranks(query, keys, values, self.scaling, group).transpose(1, 2)
+        if self.config._attn_implementation == "sdpa" and prefers_flash(query, keys, values):
+            return attend_with_flash(query, keys, values, self.scaling).transpose(1, 2)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        attn_output, _ = attention_interface(
+            self, query, keys, values, None, dropout=dropout, scaling=self.scaling, is_causal=False
+        )
+        return attn_output
+
 
 class VambaDecoderLayer(Qwen2VLDecoderLayer):
     """
-    One layer of both streams (`α` is `alpha`, kept in [0, 1]):
+    One layer of both streams (see [`modeling_vamba`] for the formula; its α is `alpha`).
 
-        text:  h += α * self_attn(n) + (1 - α) * cross_attn(n, v),  n = input_layernorm(h)
-               h += mlp(post_attention_layernorm(h))
-        video: v += vision_mixer(v)
-
-    The keys and values are of `v` as it enters the layer. The last layer's mixer has weights in the checkpoint, but
-    nobody reads what it would give, so it does not run.
+    The keys and values are of the video as it enters the layer. The last layer's mixer has weights in the checkpoint,
+    but nobody reads what it would give, so it does not run.
     """
 
     def __init__(self, config: VambaTextConfig, layer_idx: int):
@@ -138,105 +136,87 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
             )
         return video_states
 
+    def checkpoint_in_parts(self, checkpoint: partial | None, layers_per_checkpoint: int) -> None:
+        """
+        Lets the layer checkpoint its own parts, instead of being checkpointed as a whole, if `checkpoint` can do that
+        (a reentrant one cannot) and this layer is to be checkpointed. `None` ends it.
+        """
+        self.checkpoint_part = None
+        if checkpoint is None or checkpoint.keywords["use_reentrant"] or not self.gradient_checkpointing:
+            return
+        self._gradient_checkpointing_func = run_in_parts
+        # Within a checkpoint of several layers the inputs of each are kept only while they are needed.
+        self.checkpoint_part = checkpoint if layers_per_checkpoint == 1 else plain_checkpoint(checkpoint)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         video_states: torch.Tensor | None = None,
-        video_lengths: list[int] | None = None,
-        sequence_parallel_group: ProcessGroup | None = None,
+        video_context: VideoContext | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The text.
             video_states (`torch.Tensor` of shape `(1, num_tokens, hidden_size)`, *optional*):
-                The videos, one behind the other, where they go through the decoder together with the text.
-            video_lengths (`list[int]`, *optional*): Number of tokens of each video in `video_states`.
-            sequence_parallel_group (`ProcessGroup`, *optional*):
-                The processes whose `video_states` are consecutive stretches of one video.
-            kwargs: See `update_text`.
+                The videos, one after another, if they go through the decoder together with the text.
+            video_context ([`VideoContext`], *optional*): Who reads which video; `None` if nobody reads any.
+            kwargs: For the self-attention, as in [`Qwen2VLAttention`].
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor | None]`: Text and video for the next layer.
         """
-        # Whole layers that are checkpointed, by `use_reentrant=True` for one, come here within their checkpoint.
+        # Whole layers that are checkpointed (with `use_reentrant=True`, say) come here within their checkpoint.
         checkpoint = self.checkpoint_part if self.training and torch.is_grad_enabled() else None
-        update_text = partial(
-            self.update_text, video_lengths=video_lengths, sequence_parallel_group=sequence_parallel_group, **kwargs
-        )
+        update_text = partial(self.update_text, video_context=video_context, **kwargs)
         run = update_text if checkpoint is None else partial(checkpoint, update_text)
         hidden_states = run(hidden_states, video_states)
         if video_states is not None and self.updates_video:
-            state = None
-            if sequence_parallel_group is not None:
-                state = state_of_earlier_ranks(self.vision_mixer, video_states, sequence_parallel_group, checkpoint)
-            video_states, _ = self.vision_mixer(video_states, video_lengths, state, checkpoint)
+            group, state = video_context.group, None
+            if group is not None:
+                state = state_of_earlier_ranks(self.vision_mixer, video_states, group, checkpoint)
+            video_states, _ = self.vision_mixer(video_states, video_context.lengths, state, checkpoint)
         return hidden_states, video_states
 
     def update_text(
         self,
         hidden_states: torch.Tensor,
         video_states: torch.Tensor | None,
-        video_lengths: list[int] | None,
-        video_cache: VambaCache | None = None,
-        rows: list[int | None] | None = None,
-        text_lengths: list[int] | None = None,
-        has_video: torch.Tensor | None = None,
-        sequence_parallel_group: ProcessGroup | None = None,
+        video_context: VideoContext | None,
         **kwargs,
     ) -> torch.Tensor:
-        """
-        The text's half.
-
-        Args:
-            hidden_states, video_states, video_lengths, sequence_parallel_group: As in `forward`.
-            video_cache ([`VambaCache`], *optional*): The cache of the videos, where they have been encoded before.
-            rows (`list[int | None]`, *optional*):
-                The video that each row, or sample of a packed row, reads; `None` where none reads any.
-            text_lengths (`list[int]`, *optional*): Number of text tokens of each row, or sample of a packed row.
-            has_video (`torch.BoolTensor` of shape `(batch_size, 1, 1)` or `(1, sequence_length, 1)`, *optional*):
-                Which rows, or tokens of a packed row, read a video; `None` where all do.
-            kwargs: For the self-attention, as in [`Qwen2VLAttention`].
-        """
+        """The text's half; arguments as in `forward`."""
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         attn_output, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
-        if rows is not None:
-            if video_states is not None:
-                reads = self._read_stream(video_states, video_lengths, rows, text_lengths)
-            else:
-                reads = _read_videos(video_cache.read_videos(self.layer_idx, rows), rows, text_lengths)
-            cross_output = self.cross_attn(hidden_states, reads, sequence_parallel_group)
+        if video_context is not None:
+            reads = self._read_videos(video_states, video_context)
+            cross_output = self.cross_attn(hidden_states, reads, video_context.group)
             alpha = self.alpha.clamp(0, 1)
             if torch.is_grad_enabled():
                 # Straight-through: the clamped value forwards, the gradient as if there were no clamp.
                 alpha = self.alpha + (alpha - self.alpha).detach()
-            if has_video is not None:
-                alpha = torch.where(has_video, alpha, torch.ones_like(alpha))
+            if (reads_video := video_context.mark_tokens(alpha.device)) is not None:
+                alpha = torch.where(reads_video, alpha, torch.ones_like(alpha))
             attn_output = torch.lerp(cross_output, attn_output, alpha.to(attn_output.dtype))
         hidden_states = residual + attn_output
 
         residual = hidden_states
         return residual + self.mlp(self.post_attention_layernorm(hidden_states))
 
-    def _read_stream(
-        self, video_states: torch.Tensor, video_lengths: list[int], rows: list[int | None], text_lengths: list[int]
-    ) -> list[VideoRead]:
-        """What the rows read of videos that come with them, `(1, num_tokens, hidden_size)`."""
-        keys, values = self.cross_attn.project_video(video_states)
-        if rows == list(range(len(video_lengths))) and len(set(video_lengths)) == len(set(text_lengths)) == 1:
-            # As many videos as rows, all of one length: a batch, by a change of view.
-            keys, values = (x[0].unflatten(1, (len(rows), -1)).transpose(0, 1) for x in (keys, values))
-            return [(sum(text_lengths), keys, values)]
-        videos = list(zip(keys.split(video_lengths, dim=2), values.split(video_lengths, dim=2)))
-        return _read_videos(videos, rows, text_lengths)
-
-
-def _read_videos(
-    videos: list[tuple[VideoStates, VideoStates] | None], rows: list[int | None], text_lengths: list[int]
-) -> list[VideoRead]:
-    """What the rows read of videos held one by one: a read for consecutive rows of one video."""
-    return [
-        (sum(length for _, length in run), *((None, None) if video is None else videos[video]))
-        for video, run in itertools.groupby(zip(rows, text_lengths), key=lambda row: row[0])
-    ]
+    def _read_videos(self, video_states: torch.Tensor | None, context: VideoContext) -> list[VideoRead]:
+        """What the rows read, of the cache or of videos that come with them: one read per run of rows on one video."""
+        rows, text_lengths = context.rows, context.text_lengths
+        if video_states is None:
+            videos = context.cache.read_videos(self.layer_idx, rows)
+        else:
+            keys, values = self.cross_attn.project_video(video_states)
+            if rows == list(range(len(context.lengths))) and len({*context.lengths}) == len({*text_lengths}) == 1:
+                # As many videos as rows, all of one length: a batch, by a change of view.
+                keys, values = (x[0].unflatten(1, (len(rows), -1)).transpose(0, 1) for x in (keys, values))
+                return [(sum(text_lengths), keys, values)]
+            videos = list(zip(keys.split(context.lengths, dim=2), values.split(context.lengths, dim=2)))
+        return [
+            (sum(length for _, length in run), *((None, None) if video is None else videos[video]))
+            for video, run in itertools.groupby(zip(rows, text_lengths), key=lambda row: row[0])
+        ]

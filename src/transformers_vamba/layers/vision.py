@@ -2,11 +2,14 @@
 """Qwen2-VL's vision tower, with the frames of one size as a batch of the attention instead of one call each."""
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers.integrations.accelerate import force_accelerate_hooks
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
@@ -19,8 +22,14 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 from transformers.utils import is_triton_available, logging
 
+from ..inputs.media import Medium, split_into_segments
+from ..parallel.devices import execution_device
+from ..parallel.ranks import count_missing_runs, smallest_medium
+
 
 logger = logging.get_logger(__name__)
+
+SEGMENT_FRAMES = 64  # that go through the vision tower at once
 
 _compile = functools.cache(torch.compile)
 _cannot_compile: set[Callable] = set()
@@ -105,3 +114,49 @@ class VambaVisionModel(Qwen2VisionTransformerPretrainedModel):
             block.attn = VambaVisionAttention(config)
             block.mlp = VambaVisionMlp(config.embed_dim, int(config.embed_dim * config.mlp_ratio), config.hidden_act)
         self.post_init()
+
+    def encode_media(self, media: list[Medium]) -> BaseModelOutputWithPooling:
+        """The outputs for images and videos in order, on the device of the tower."""
+        device = execution_device(self)
+        # To the device first: a copy from pinned memory does not wait, and the conversion is quicker there.
+        pixel_values = [pixels.to(device, non_blocking=True) for pixels, _ in media]
+        pixel_values = pixel_values[0] if len(media) == 1 else torch.cat(pixel_values)
+        # The tower sees single frames: consecutive media of one size might as well be one.
+        grids = [
+            (sum(t for t, _, _ in run), *size)
+            for size, run in itertools.groupby((grid for _, grid in media), key=lambda grid: grid[1:])
+        ]
+        return self(
+            pixel_values.to(self.dtype),
+            grid_thw=torch.tensor(grids, device=device),
+            frame_length=math.prod(grids[0][1:]) if len(grids) == 1 else None,
+        )
+
+    def encode_with_gradient(self, media: list[Medium]) -> torch.Tensor:
+        """
+        The merged tokens, `(num_tokens, hidden_size)`, with a gradient for the pixels that take one and for the parts
+        of the tower that train. What is frozen keeps no activations: it runs one segment at a time, even if something
+        asks its input for a gradient (`enable_input_require_grads` does).
+        """
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        takes_gradient = any(pixels.requires_grad for pixels, _ in media)
+        if torch.is_grad_enabled() and (takes_gradient or not all(name.startswith("merger.") for name in trained)):
+            return self.encode_media(media).pooler_output
+        segments = list(split_into_segments(media, SEGMENT_FRAMES // self.config.temporal_patch_size))
+        num_segments = len(segments)
+        segments += [[smallest_medium(self.config)]] * count_missing_runs(self, num_segments, execution_device(self))
+        embeds = [self._encode_frozen(segment) for segment in segments]
+        # Nothing is read of those beyond the own segments, but the merger's backward pass runs for them as well.
+        embeds[num_segments:] = [unread[:0] for unread in embeds[num_segments:]]
+        return torch.cat(embeds)
+
+    def _encode_frozen(self, media: list[Medium]) -> torch.Tensor:
+        """The merged tokens, with a gradient for the merger alone, if it trains."""
+        with torch.no_grad():
+            outputs = self.encode_media(media)
+        if not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.merger.parameters())):
+            return outputs.pooler_output
+        if not (self.gradient_checkpointing and self.training):
+            return self.merger(outputs.last_hidden_state)
+        # A reentrant checkpoint has a gradient only if its input has one.
+        return self._gradient_checkpointing_func(self.merger, outputs.last_hidden_state.requires_grad_())

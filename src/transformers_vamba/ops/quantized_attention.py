@@ -16,7 +16,7 @@ class QuantizedStates(NamedTuple):
 
     Args:
         codes (`torch.CharTensor` of shape `(1, num_heads, num_tokens, head_dim)`): Integers from -127 to 127.
-        scales (`torch.Tensor` of shape `(1, num_heads, num_tokens, 1)`): A scale a token and head.
+        scales (`torch.Tensor` of shape `(1, num_heads, num_tokens, 1)`): One scale per token and head.
         centre (`torch.FloatTensor` of shape `(1, num_heads, 1, head_dim)`): What has been taken off each token.
     """
 
@@ -32,6 +32,10 @@ class QuantizedStates(NamedTuple):
     def dtype(self) -> torch.dtype:
         """The dtype that they had."""
         return self.scales.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
 
     def dequantize(self) -> torch.Tensor:
         """The states, in the dtype that they had."""

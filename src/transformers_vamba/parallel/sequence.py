@@ -145,18 +145,33 @@ def attend_across_ranks(
     return _Attention.apply(scaled_query, keys, values, group).to(query.dtype)
 
 
+def check_no_dropout(model: nn.Module) -> None:
+    """Raises a `ValueError` for a model with dropout, which would draw differently for the text of every rank."""
+    dropouts = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+    dropouts["attention_dropout"] = model.config.get_text_config().attention_dropout
+    dropouts = [f"{name} ({p})" for name, p in dropouts.items() if p]
+    if dropouts:
+        raise ValueError(f"Sequence parallelism needs a model without dropout, got {', '.join(dropouts[:8])}.")
+
+
 def check_stretches(
-    num_tokens: list[int], inputs_embeds: torch.Tensor, min_tokens: int, group: dist.ProcessGroup
+    num_tokens: list[int], inputs_embeds: torch.Tensor, has_cache: bool, min_tokens: int, group: dist.ProcessGroup
 ) -> None:
     """
-    Raises a `ValueError`, the same on every rank, where the ranks' inputs are not those of one sample. Waits for all.
+    Raises a `ValueError`, the same on every rank, if the ranks' inputs are not those of one sample. Waits for all.
 
     Args:
         num_tokens (`list[int]`): This rank's video tokens, of each row or packed sample.
         inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): This rank's text.
+        has_cache (`bool`): Whether a cache is given or asked for.
         min_tokens (`int`): The fewest tokens of a stretch.
         group (`ProcessGroup`): The ranks.
     """
+    if has_cache:
+        raise ValueError(
+            "Sequence parallelism keeps no cache: call `forward` without `cache` and `use_cache`, or end it with "
+            "`set_sequence_parallel_group(None)`."
+        )
     inputs = [len(num_tokens), inputs_embeds.shape[1], sum(num_tokens)]
     gathered = _Gather.apply(torch.tensor(inputs, device=inputs_embeds.device), group).tolist()
     samples, text_lengths, video_lengths = (list(numbers) for numbers in zip(*gathered))

@@ -1,22 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches for training from conversations with images and videos: decoded, sampled, masked, padded or packed."""
 
+import re
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
+from transformers.image_utils import load_image
 from transformers.utils import logging
 
-from ..processing_vamba import VambaProcessor
+from ..processing_vamba import VambaProcessor, check_modality_kwargs
+from ..video_processing_vamba import VambaVideoProcessor
 
 
 logger = logging.get_logger(__name__)
 
 # Where `apply_chat_template` finds an image or a video in the part of a message that stands for it.
 SOURCES = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
-PART_TYPES = ("text", "image", "image_url", "video")
+# What a part of each type may hold; `index` and `text` are what data sets give to all parts.
+READ = {"text": {"text"}} | {medium: {"index", "text", *sources} for medium, sources in SOURCES.items()}
+
+# What stands for a medium that is prepared already, while the text around it is.
+STAND_INS = {"image": Image.new("RGB", (56, 56)), "video": np.zeros((2, 56, 56, 3), np.uint8)}
+
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# Rows in errors: what they hold, but no whole file.
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother = 8, 200, 100
 
 
 @dataclass
@@ -26,24 +42,34 @@ class VambaDataCollator:
     with `dataset_kwargs={"skip_prepare_dataset": True}` as well, and for data sets that are streamed with
     `accelerator_config={"dispatch_batches": False}`: Accelerate would cut their batches by row, and pixels have none.
 
-    A row is a dictionary with `messages`, in the form that `apply_chat_template` takes. The images and videos stand in
-    the messages (`{"type": "video", "path": "movie.mp4"}`), or in the columns `images` and `videos`, lists, from which
-    the parts without one (`{"type": "video"}`) take theirs in order. Files are read here, so with
-    `dataloader_num_workers` in the background. Only what the assistant says becomes `labels`: what the chat template
-    writes between the prompt of a turn of the assistant and the end of that turn.
+    A row is a dictionary with `messages`, in the form that `apply_chat_template` takes, or with `samples`, a list of
+    such rows. The images and videos stand in the messages (`{"type": "video", "path": "movie.mp4"}`), or in the
+    columns `images` and `videos`, lists, from which the parts without one (`{"type": "video"}`) take theirs in order.
+    Files are read here, so with `dataloader_num_workers` in the background. Images and videos that consecutive rows
+    have in common are read, and encoded by the model, once.
+
+    Only what the assistant says becomes `labels`: what a chat template marks by `{% generation %}`, or, without such
+    marks, what it writes between the prompt of a turn of the assistant and the end of that turn.
 
     Args:
         processor ([`VambaProcessor`]):
             Reads, samples and tokenizes.
         packing (`bool`, *optional*, defaults to `False`):
-            Put the rows of a batch into one, behind one another and kept apart, instead of padding them.
+            Put the rows of a batch into one, one after another and kept apart, instead of padding them.
         on_error (`str`, *optional*, defaults to `"raise"`):
             What to do with a row that cannot be prepared: a file is missing or is no image or video, or the assistant
-            says nothing. `"raise"` stops the run, `"skip"` leaves the row out, with a warning. A batch that is left
-            without any row takes the last good row of an earlier batch once more, so that no process waits for it.
+            says nothing. `"raise"` stops the run. `"skip"` warns, and puts a row of one token without a label in its
+            place, so that predictions keep to the data; with `packing` it leaves the row out.
         processor_kwargs (`dict`, *optional*):
             Arguments of the processor, such as `{"videos_kwargs": {"num_frames": 64}}`, evenly spread, or
             `{"videos_kwargs": {"fps": 1.0, "max_frames": 512}}`.
+        published_labels (`bool`, *optional*, defaults to `False`):
+            Labels as the published code has them: the header before an answer too, and no newline after it, so
+            `\\n<|im_start|>assistant\\n...<|im_end|>`. Teacher's logits that it has stored are at these tokens. By
+            default the header is left out: every prompt brings it, so the model need not learn to write it, and its
+            four tokens would outweigh an answer of one word.
+        image_edges (`tuple[int, int]`, *optional*):
+            Least shorter edge and greatest longer edge of an image, in pixels, as `size` is for the frames of a video.
 
     A batch has these entries, the last ones where there are any media:
 
@@ -53,81 +79,121 @@ class VambaDataCollator:
     - **position_ids** -- int64 of shape (1, tokens of all rows), starting at 0 with each row. With `packing` only.
     - **pixel_values**, **image_grid_thw**, **pixel_values_videos**, **video_grid_thw** -- as the processor gives them.
     - **image_sample_ids**, **video_sample_ids** -- int64 of shape (images,) and (videos,): the row that each belongs
-      to. With `packing`, its place among the rows that were put into one.
+      to. With `packing`, its place among the rows that were put into one. Where rows share one, of shape (..., 2): the
+      first and the last row that it belongs to.
     - **top_k_values**, **top_k_indices** -- of shape (labels of all rows, k), where the rows have these columns, each
       of shape (labels of the row, k): a teacher's logits, for [`~training.distillation.VambaDistillationTrainer`].
 
     Raises:
-        `ValueError`: for a row that cannot be prepared, and for a batch without a row while there is no earlier one.
+        `ValueError`: for a row that cannot be prepared; with `on_error="skip"` only as long as there has been none
+            that can be, as nothing would be learned from data that are all wrong.
     """
 
     processor: VambaProcessor
     packing: bool = False
     on_error: str = "raise"
     processor_kwargs: dict[str, Any] = field(default_factory=dict)
-    _last_row: dict[str, Any] | None = field(default=None, init=False, repr=False)
+    published_labels: bool = False
+    image_edges: tuple[int, int] | None = None
+    _has_read_a_row: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self):
         if self.on_error not in ("raise", "skip"):
             raise ValueError(f"`on_error` must be 'raise' or 'skip', got {self.on_error!r}.")
+        check_modality_kwargs(self.processor_kwargs)
+        # What is wrong for every row is no matter of a row. The processor takes the arguments of a modality outside of
+        # its dictionary as well.
+        VambaVideoProcessor.choose_sampling(
+            {**self.processor_kwargs, **self.processor_kwargs.get("videos_kwargs", {})}
+        )
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        rows = [sample for row in rows for sample in row.get("samples") or [row]]
         samples, last_error = self._prepare_rows(rows)
-        if not samples:
-            if self._last_row is None:
-                raise ValueError(
-                    f"None of the {len(rows)} rows of the first batch of this process can be trained on, so there is "
-                    f"no row to take in their place. The last one: {last_error}"
-                ) from last_error
-            logger.warning("A batch is left without rows, and takes the last good row of an earlier one once more.")
-            samples = [self._prepare_row(self._last_row)]
-        batch = self._pack(samples) if self.packing else self._pad(samples)
-        for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
-            if media := [sample[name] for sample in samples if name in sample]:
-                batch[name] = torch.cat(media)
-        for medium in ("image", "video"):
-            counts = torch.tensor([len(sample.get(f"{medium}_grid_thw", ())) for sample in samples])
-            if counts.any():
-                batch[f"{medium}_sample_ids"] = torch.arange(len(samples)).repeat_interleave(counts)
-        for name in ("top_k_values", "top_k_indices"):
-            if stored := [sample[name] for sample in samples if name in sample]:
-                if len(stored) < len(samples):
-                    raise ValueError(f"{len(stored)} of the {len(samples)} rows of a batch have `{name}`: all must.")
-                batch[name] = torch.cat(stored)
-        return batch
+        if any(samples):
+            self._has_read_a_row = True
+        elif not self._has_read_a_row:
+            raise ValueError(
+                f"None of the {len(rows)} rows of the first batch of this process can be trained on. The last one: "
+                f"{last_error}"
+            ) from last_error
+        if self.packing:
+            samples = list(filter(None, samples)) or [None]
+        return self._collate([sample or self._blank_row() for sample in samples])
 
-    def _prepare_rows(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, torch.Tensor]], Exception | None]:
-        """The rows that can be trained on, and the last error of those that cannot."""
+    def _prepare_rows(
+        self, rows: list[dict[str, Any]]
+    ) -> tuple[list[dict[str, torch.Tensor] | None], Exception | None]:
+        """What is made of each row, `None` where that fails, and the last error of these."""
         samples, last_error = [], None
+        first, first_media = None, []  # the row whose images and videos those after it may share
         for row in rows:
             try:
-                samples.append(self._prepare_row(row))
+                messages = _fill_in_media(row)
+                media = _list_media(messages)
+                is_sharing = first is not None and _are_same(media, first_media)
+                samples.append(self._prepare_row(row, messages, is_sharing))
             except Exception as error:  # a broken file raises whatever its decoder does
-                message = f"Cannot train on a row with {_describe(row)}: {error}"
+                message = f"Cannot train on a row with {_short.repr(row)}: {error}"
                 if self.on_error == "raise":
                     raise ValueError(message) from error
                 logger.warning(f"{message} The row is left out.")
-                last_error = error
+                samples.append(None)
+                first, last_error = None, error
             else:
-                self._last_row = row
+                if is_sharing:
+                    first["num_sharing"] = first.get("num_sharing", 0) + 1
+                elif media:
+                    first, first_media = samples[-1], media
+                else:
+                    first = None
         return samples, last_error
 
-    def _prepare_row(self, row: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The inputs of one row, of shape (1, tokens) those of the text."""
-        messages = _fill_in_media(row)
+    def _prepare_row(
+        self, row: dict[str, Any], messages: list[dict[str, Any]], is_sharing: bool = False, first_learned: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """
+        The inputs of one row, of shape (1, tokens) those of the text; without pixels if it shares those of the row
+        before it. What the assistant says is learned from message `first_learned` on.
+        """
+        processor_kwargs = self.processor_kwargs
+        if is_sharing:
+            sampling = ("num_frames", "fps", "min_frames", "max_frames", "videos_kwargs")
+            processor_kwargs = {name: value for name, value in processor_kwargs.items() if name not in sampling}
+            processor_kwargs["videos_kwargs"] = {"do_sample_frames": False}
+        for part in _media_parts(messages):
+            if is_sharing:
+                _replace_source(part, STAND_INS[part["type"]])
+            elif part["type"] == "image" and self.image_edges is not None:
+                _replace_source(part, self._bring_within_edges(load_image(_source(part))))
+        has_marks = GENERATION_MARK.search(str(self.processor.chat_template)) is not None
+        use_marks = has_marks and not self.published_labels and not first_learned
         inputs = self.processor.apply_chat_template(
             messages,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={**self.processor_kwargs, "return_offsets_mapping": True},
+            return_assistant_tokens_mask=use_marks,
+            processor_kwargs={**processor_kwargs, "return_offsets_mapping": True},
         )
-        begins, ends = inputs["offset_mapping"].unbind(-1)
-        is_said = torch.zeros_like(begins, dtype=torch.bool)
-        for begin, end in self._find_words_of_assistant(messages):
-            is_said |= (begins < end) & (ends > begin)
+        if is_sharing:
+            for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+                inputs.pop(name, None)
+        if use_marks:
+            is_said = torch.as_tensor(inputs.pop("assistant_masks")).bool()
+        else:
+            begins, ends = inputs["offset_mapping"].unbind(-1)
+            is_said = torch.zeros_like(begins, dtype=torch.bool)
+            for begin, end in self._find_words_of_assistant(messages, first_learned):
+                is_said |= (begins < end) & (ends > begin)
         is_said[:, 0] = False
         if not is_said.any():
+            max_length = (self.processor_kwargs | self.processor_kwargs.get("text_kwargs", {})).get("max_length")
+            if inputs["input_ids"].shape[1] == max_length:
+                raise ValueError(
+                    f"`max_length={max_length}` cuts all off that the assistant says in it. Raise it in the "
+                    "`processor_kwargs`, or shorten the prompt."
+                )
             raise ValueError("the assistant says nothing in it.")
         inputs["labels"] = inputs["input_ids"].masked_fill(~is_said, -100)
 
@@ -135,11 +201,21 @@ class VambaDataCollator:
             if row.get(name) is not None:
                 inputs[name] = torch.as_tensor(row[name])
                 if len(inputs[name]) != is_said.sum():
-                    raise ValueError(f"`{name}` has {len(inputs[name])} entries for {is_said.sum()} labels.")
+                    raise ValueError(
+                        f"`{name}` has {len(inputs[name])} entries for {is_said.sum()} labels. The published code "
+                        "stores those of other labels: `published_labels=True` makes them."
+                    )
         return inputs
 
-    def _find_words_of_assistant(self, messages: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
-        """Begin and end of each turn of the assistant, in characters of the text that is tokenized."""
+    def _bring_within_edges(self, image: Image.Image) -> Image.Image:
+        size = dict(zip(("shortest_edge", "longest_edge"), self.image_edges))
+        height, width = self.processor.video_processor.get_resized_sizes(image.height, image.width, size=size)[0]
+        return image.resize((width, height), Image.Resampling.BICUBIC)
+
+    def _find_words_of_assistant(
+        self, messages: list[dict[str, Any]], first_learned: int = 0
+    ) -> Iterator[tuple[int, int]]:
+        """Begin and end of what is learned of each turn, in characters of the text that is tokenized."""
 
         def render(messages, **kwargs):
             text = self.processor.apply_chat_template(messages, **kwargs)
@@ -147,16 +223,59 @@ class VambaDataCollator:
 
         conversation = render(messages)
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or i < first_learned:
                 continue
             prompt = render(messages[:i], add_generation_prompt=True) if i else ""
             until_here = render(messages[: i + 1])
             if not (prompt and until_here.startswith(prompt) and conversation.startswith(until_here)):
                 raise ValueError(
-                    f"the chat template does not write message {i}, of the assistant, behind the prompt that it makes "
+                    f"the chat template does not write message {i}, of the assistant, after the prompt that it makes "
                     "of the messages before it, so what the assistant says cannot be told from the rest."
                 )
-            yield len(prompt), len(until_here)
+            if not self.published_labels:
+                yield len(prompt), len(until_here)
+                continue
+            end_of_turn = self.processor.tokenizer.eos_token
+            begin, end = (text.rfind(end_of_turn) + len(end_of_turn) for text in (prompt, until_here))
+            if not len(end_of_turn) <= begin < len(prompt) < end:
+                raise ValueError(
+                    f"`published_labels` needs a chat template that ends every turn by {end_of_turn!r}, and message "
+                    f"{i} or the one before it does not."
+                )
+            yield begin, end
+
+    def _blank_row(self) -> dict[str, torch.Tensor]:
+        """A row that nothing is learned from."""
+        input_ids = torch.tensor([[self.processor.tokenizer.pad_token_id]])
+        return {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "labels": torch.full_like(input_ids, -100),
+            "mm_token_type_ids": torch.zeros_like(input_ids),
+        }
+
+    def _collate(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The batch of what the rows have become."""
+        batch = self._pack(samples) if self.packing else self._pad(samples)
+        for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+            if media := [sample[name] for sample in samples if name in sample]:
+                batch[name] = torch.cat(media)
+        for medium in SOURCES:
+            owners = [
+                (i, i + sample.get("num_sharing", 0))
+                for i, sample in enumerate(samples)
+                for _ in sample.get(f"{medium}_grid_thw", ())
+            ]
+            if owners:
+                is_shared = any(first != last for first, last in owners)
+                batch[f"{medium}_sample_ids"] = torch.tensor(owners if is_shared else [first for first, _ in owners])
+        labelled = [sample for sample in samples if (sample["labels"] != -100).any()]
+        for name in ("top_k_values", "top_k_indices"):
+            if stored := [sample[name] for sample in labelled if name in sample]:
+                if len(stored) < len(labelled):
+                    raise ValueError(f"{len(stored)} of the {len(labelled)} rows of a batch have `{name}`: all must.")
+                batch[name] = torch.cat(stored)
+        return batch
 
     def _pad(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         fillers = {
@@ -193,14 +312,7 @@ def _fill_in_media(row: dict[str, Any]) -> list[dict[str, Any]]:
         if not {"role", "content"} <= message.keys():
             raise ValueError(f"a message must have `role` and `content`, got {sorted(message)}.")
         if not isinstance(message["content"], str):
-            message["content"] = parts = [_without_none(part) for part in message["content"]]
-            for part in parts:
-                _check_part(part)
-                medium = part["type"]
-                if medium in columns and not any(source in part for source in SOURCES[medium]):
-                    part[medium] = next(columns[medium], None)
-                    if part[medium] is None:
-                        raise ValueError(f"the messages have more {medium}s than the column `{medium}s`.")
+            message["content"] = [_fill_in_part(_without_none(part), columns) for part in message["content"]]
         messages.append(message)
     for medium, left in columns.items():
         if num_left := len(list(left)):
@@ -208,17 +320,32 @@ def _fill_in_media(row: dict[str, Any]) -> list[dict[str, Any]]:
     return messages
 
 
-def _check_part(part: dict[str, Any]) -> None:
-    """What is not read would be left out without a word, and the row trained on without it."""
-    if part.get("type") not in PART_TYPES:
-        raise ValueError(f"the `type` of a part of a message must be one of {PART_TYPES}, got {part.get('type')!r}.")
-    if part["type"] in SOURCES:
-        # `index` and `text` are what data sets give to all parts.
-        if unread := sorted(part.keys() - {"type", "index", "text", *SOURCES[part["type"]]}):
-            logger.warning_once(
-                f"Nothing reads {unread} of a part of type {part['type']!r}: how files are read and sampled is said "
-                "by `processor_kwargs`, for all rows."
-            )
+def _fill_in_part(part: dict[str, Any], columns: dict[str, Iterator]) -> dict[str, Any]:
+    """One part of a message. What nobody would read of it is an error: it would be trained on without that."""
+    if part.get("type") == "image_url" and part.keys() == {"type", "image_url"}:  # OpenAI's
+        url = part["image_url"]
+        part = {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
+    medium = part.get("type")
+    if medium not in READ:
+        raise ValueError(f"the `type` of a part of a message must be one of {tuple(READ)}, got {medium!r}.")
+    if unread := sorted(part.keys() - READ[medium] - {"type"}):
+        raise ValueError(
+            f"nothing reads {unread} of a part of type {medium!r}. How files are read and sampled is said by "
+            "`processor_kwargs`, for all rows."
+        )
+    if medium == "text":
+        return part
+    if not any(name in part for name in SOURCES[medium]):
+        part[medium] = next(columns[medium], None)
+        if part[medium] is None:
+            raise ValueError(f"the messages have more {medium}s than the column `{medium}s`.")
+    if isinstance(source := _source(part), dict):
+        raise ValueError(
+            f"{'an' if medium == 'image' else 'a'} {medium} is a dictionary of {sorted(source)}, as a data set has it "
+            f"that does not decode. Cast its column to `datasets.{medium.capitalize()}()`, with `decode=True`"
+            f"{'' if medium == 'image' else ', or give the path'}."
+        )
+    return part
 
 
 def _without_none(entries: dict[str, Any]) -> dict[str, Any]:
@@ -226,11 +353,31 @@ def _without_none(entries: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entries.items() if value is not None}
 
 
-def _describe(row: dict[str, Any]) -> str:
-    """What an error says of a row: its images and videos, or the beginning of its text."""
-    try:
-        parts = [part for message in _fill_in_media(row) for part in message["content"] if isinstance(part, dict)]
-        media = [value for part in parts if part["type"] != "text" for name, value in part.items() if name != "type"]
-    except Exception:  # as above: this describes what is wrong already
-        media = []
-    return ", ".join(repr(medium)[:200] for medium in media) if media else f"the entries {str(row)[:200]}"
+def _media_parts(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The parts that stand for an image or a video, in order."""
+    for message in messages:
+        if not isinstance(message["content"], str):
+            yield from (part for part in message["content"] if part["type"] in SOURCES)
+
+
+def _source(part: dict[str, Any]):
+    return next(part[name] for name in SOURCES[part["type"]] if name in part)
+
+
+def _replace_source(part: dict[str, Any], source) -> None:
+    for name in SOURCES[part["type"]]:
+        part.pop(name, None)
+    part[part["type"]] = source
+
+
+def _list_media(messages: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+    """Type and source of each image and video."""
+    return [(part["type"], _source(part)) for part in _media_parts(messages)]
+
+
+def _are_same(media: list[tuple[str, Any]], others: list[tuple[str, Any]]) -> bool:
+    """Whether two rows have the same files, or objects, in the same order."""
+    return len(media) == len(others) and all(
+        medium == other and (source is other_source or (isinstance(source, str) and source == other_source))
+        for (medium, source), (other, other_source) in zip(media, others)
+    )

@@ -6,10 +6,11 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from ..inputs.media import group_media_by_row
 from ..inputs.packing import lengths_of_samples, starts_of_samples
+from .trainer import VambaTrainer
 
 
 def distillation_loss(
@@ -30,9 +31,9 @@ def distillation_loss(
     return divergence / (len(logits) if num_items is None else num_items)
 
 
-class VambaDistillationTrainer(Trainer):
+class VambaDistillationTrainer(VambaTrainer):
     """
-    A [`Trainer`] whose loss is that of the labels plus `distill_coeff` times [`distillation_loss`].
+    A [`VambaTrainer`] whose loss is that of the labels plus `distill_coeff` times [`distillation_loss`].
 
     Args:
         teacher ([`Qwen2VLForConditionalGeneration`], *optional*):
@@ -42,7 +43,7 @@ class VambaDistillationTrainer(Trainer):
             stores them (so those that follow each labelled token, not those that predict it).
         top_k (`int`, *optional*, defaults to 20): How many of the likeliest tokens the teacher is asked for.
         distill_coeff (`float`, *optional*, defaults to 1.0): Weight of the distillation loss.
-        kwargs: As for [`Trainer`].
+        kwargs: As for [`VambaTrainer`].
 
     Raises:
         ValueError: for a teacher of another vocabulary, and for batches without stored logits while there is no
@@ -75,6 +76,8 @@ class VambaDistillationTrainer(Trainer):
             top_k_values, top_k_indices = self._ask_teacher(inputs, distilled)
         else:
             distilled = labels != -100
+            if not distilled.any():  # rows that could not be read
+                inputs["top_k_values"] = inputs["top_k_indices"] = labels.new_zeros(0, self.top_k)
             if "top_k_values" not in inputs or "top_k_indices" not in inputs:
                 raise ValueError(
                     "Distillation without a teacher needs `top_k_values` and `top_k_indices` in the batch, got "
@@ -93,6 +96,9 @@ class VambaDistillationTrainer(Trainer):
         targets, distilled, top_k_values, top_k_indices = labels
         if num_items_in_batch is None:
             num_items_in_batch = (targets != -100).sum()
+            if self.rows_weigh_equally and self.model.training:
+                num_items_in_batch = num_items_in_batch * self.current_gradient_accumulation_steps
+        num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         loss = F.cross_entropy(outputs.logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
         divergence = distillation_loss(outputs.logits[distilled], top_k_values, top_k_indices, num_items_in_batch)
         return loss / num_items_in_batch + self.distill_coeff * divergence

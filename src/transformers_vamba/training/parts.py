@@ -7,11 +7,12 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
-# What each published stage trains, by the names that the parameters have among their own. Stage 1 teaches captions to
-# what is new beside Qwen2-VL; stage 2 answers to all but the vision tower, of which it trains the merger alone.
+# What each published stage trains, by the names that the parameters have among their own. Stage 1 trains only the new
+# modules, on captions. Stage 2 trains the decoder and the vision tower's merger, on answers: neither the rest of the
+# tower nor `lm_head`, unless that is the embedding.
 STAGE_PARTS = {
     1: ("cross_attn", "vision_mixer", "alpha"),
-    2: ("visual.merger", "language_model", "lm_head"),
+    2: ("visual.merger", "language_model"),
 }
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from .model_card import write_model_card
+
 
 class VambaPeftModel(PeftModel):
     """
@@ -27,6 +29,12 @@ class VambaPeftModel(PeftModel):
             for name, parameter in self.named_parameters():
                 if name.endswith(".alpha"):
                     parameter.requires_grad_()
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """As PEFT's, with an example of a video instead of an empty form."""
+        if not (Path(output_dir) / "README.md").exists():
+            write_model_card(output_dir, self.config._name_or_path, is_adapter=True)
+        super().create_or_update_model_card(output_dir)
 
     def save_pretrained(self, save_directory, state_dict=None, is_main_process: bool = True, **kwargs):
         """As [`~peft.PeftModel.save_pretrained`], and always safetensors."""
