@@ -6,10 +6,10 @@ How much faster an evaluation is when a video is encoded once for all of its que
 
 A file of 640x360 is decoded, prepared with LVBench's settings and asked about: all questions together, one encoding
 for them all, and one by one, an encoding for each, as the published scripts do. Weights are random, the shapes those
-of the 7B model, and every answer has 16 tokens, the most that LVBench's task takes. The file has as many frames as are
-taken of it: decoding an hour of video again for each question would only add to the difference. `evaluation.md` and
-`.json` in the output folder are written anew after every size. On a CPU the model is tiny, and the figures say nothing
-but that the program runs.
+of the 7B model, and every answer has 16 tokens, the most that lmms-eval's own LVBench task takes. The file has as many
+frames as are taken of it: decoding an hour of video again for each question would only add to the difference.
+`evaluation.md` and `.json` in the output folder are written anew after every size. On a CPU the model is tiny, and the
+figures say nothing but that the program runs.
 """
 
 import argparse

@@ -137,11 +137,11 @@ def _write_configs(folder: Path, split: str, files: dict[str, str]) -> None:
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
 
 
-def evaluate(model, task_manager, tasks: list[str]) -> dict:
+def evaluate(model, task_manager, tasks: list[str], **kwargs) -> dict:
     """lmms-eval's results."""
     from lmms_eval.evaluator import simple_evaluate
 
-    return simple_evaluate(model, tasks=list(tasks), task_manager=task_manager, bootstrap_iters=0)
+    return simple_evaluate(model, tasks=list(tasks), task_manager=task_manager, bootstrap_iters=0, **kwargs)
 
 
 def samples_of(results: dict, task: str) -> list[dict]:

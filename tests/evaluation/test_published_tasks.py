@@ -20,6 +20,7 @@ if importlib.util.find_spec("lmms_eval") is None:
 
 from transformers.video_utils import VideoMetadata
 
+from transformers_vamba.evaluation import TASKS
 from transformers_vamba.evaluation.frames import EvaluationVideoProcessor
 from transformers_vamba.evaluation.multiple_choice import accuracy_of, letter_of
 from transformers_vamba.evaluation.questions import Prompt, VideoQuestionAnswering, VideoSettings
@@ -109,6 +110,38 @@ def test_prompts_are_the_published_ones(run):
     for task, expected in PROMPTS.items():
         question = next(sample for sample in samples_of(results, task) if QUESTION in sample["arguments"][0])
         assert question["arguments"][0] == expected, task
+
+
+def load_functions(name):
+    """A module beside the task files, as lmms-eval loads it."""
+    spec = importlib.util.spec_from_file_location(name, f"{TASKS}/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_prompts_of_other_forms_of_questions():
+    benchmarks = load_functions("benchmarks")
+    options = {f"option{i}": option for i, option in enumerate(["yes", "no", "N/A", "N/A", None])}
+    expected = f"{SELECT} {RESPOND}\nIs it?\nA. yes\nB. no"  # of four letters all the same
+    assert benchmarks.longvideobench_doc_to_text({"question": "Is it?", **options}) == expected
+    options |= {f"option{i}": f"{i}" for i in range(5)}
+    expected = f"{SELECT} {RESPOND}\nHow many?\nA. 0\nB. 1\nC. 2\nD. 3\nE. 4"
+    assert benchmarks.longvideobench_doc_to_text({"question": "How many?", **options}) == expected
+
+    expected = f"{SELECT} {RESPOND}\nWhich (A) is it?\nA. this (B)\nB. that"
+    for question in ("Which (A) is it?\n(A) this (B)\n(B) that", "Which (A) is it?\nA. this (B)\nB. that"):
+        assert benchmarks.mlvu_doc_to_text({"question": question}) == expected
+    expected = f"{SELECT}\n{RESPOND}\nWhich?\n(A) this\n(B) that"
+    for doc in ({"question": "Which?\n(A) this\n(B) that"}, {"question": "Which?", "options": ["this", "that"]}):
+        assert benchmarks.lvbench_doc_to_text(doc) == expected
+
+
+def test_a_question_of_hourvideo_without_options_counts_as_wrong():
+    hourvideo = load_functions("hourvideo")
+    doc = {"mcq_test": "A) this\nB) that", "correct_answer_label": "B"}
+    assert hourvideo.process_results(doc, ["B"]) == {"accuracy": 1.0}
+    assert hourvideo.process_results({**doc, "mcq_test": ""}, ["B"]) == {"accuracy": 0.0}
 
 
 def test_frames_and_answers_are_those_by_hand(run, benchmarks, model_and_processor):

@@ -43,7 +43,7 @@ def videomme_doc_to_text(doc: dict) -> str:
 
 def mlvu_doc_to_text(doc: dict) -> str:
     # lmms-eval's copy of MLVU has the options in the question, as lines "(A) ...", the original as a list.
-    question = re.sub(r"^\(([A-Z])\) ", r"\1. ", doc["question"], flags=re.MULTILINE)
+    question = re.sub(r"^\(([A-Z])\) *", r"\1. ", doc["question"], flags=re.MULTILINE)
     return "\n".join([f"{SELECT} {respond_with(4)}", question])
 
 
