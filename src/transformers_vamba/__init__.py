@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from .cache.cache import VambaCache
-from .configuration_vamba import VambaConfig, VambaTextConfig
+from .configuration_vamba import PublishedConfig, VambaConfig, VambaTextConfig
 from .generation.forecast import VambaForecast, forecast_memory
 from .modeling_vamba import VambaForConditionalGeneration, VambaModel, VambaPreTrainedModel, VambaTextModel
 from .processing_vamba import VambaProcessor
@@ -24,6 +24,7 @@ from .video_processing_vamba import VambaVideoProcessor
 
 AutoConfig.register("vamba", VambaConfig)
 AutoConfig.register("vamba_text", VambaTextConfig)
+AutoConfig.register("qwen2_vl", PublishedConfig, exist_ok=True)  # what the published checkpoints call themselves
 AutoModel.register(VambaConfig, VambaModel)
 AutoModel.register(VambaTextConfig, VambaTextModel)
 AutoModelForImageTextToText.register(VambaConfig, VambaForConditionalGeneration)
