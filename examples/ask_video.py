@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from transformers_vamba import forecast_memory
+from transformers_vamba import VambaConfig, VambaForConditionalGeneration, VambaProcessor, forecast_memory
 
 
 TINY_MODEL = Path(__file__).parent.parent / "checkpoints" / "vamba-tiny"
@@ -25,15 +25,15 @@ FORECAST_MARGIN = 1.05
 
 
 def load(path, device, weight_bits=None):
-    processor = AutoProcessor.from_pretrained(path)
+    processor = VambaProcessor.from_pretrained(path)
     if weight_bits is None:
-        return AutoModelForImageTextToText.from_pretrained(path, dtype="auto").to(device).eval(), processor
+        return VambaForConditionalGeneration.from_pretrained(path, dtype="auto").to(device).eval(), processor
     # With 4 bits the matrix products are computed in the dtype of the checkpoint.
-    dtype = AutoConfig.from_pretrained(path).dtype or torch.bfloat16
+    dtype = VambaConfig.from_pretrained(path).dtype or torch.bfloat16
     quantization = BitsAndBytesConfig(
         load_in_8bit=weight_bits == 8, load_in_4bit=weight_bits == 4, bnb_4bit_compute_dtype=dtype
     )
-    model = AutoModelForImageTextToText.from_pretrained(
+    model = VambaForConditionalGeneration.from_pretrained(
         path, dtype="auto", quantization_config=quantization, device_map={"": device}
     )
     return model.eval(), processor
@@ -112,7 +112,7 @@ def free_memory(device):
 
 def check_memory(path, video, device, options):
     """Prints the forecast. Ends the program, with the options that would help, where the GPU has too little memory."""
-    config, processor = AutoConfig.from_pretrained(path), AutoProcessor.from_pretrained(path)
+    config, processor = VambaConfig.from_pretrained(path), VambaProcessor.from_pretrained(path)
     with torch.device("meta"):  # the shapes of the model, without its weights
         model = AutoModelForImageTextToText.from_config(config, dtype=config.dtype or torch.bfloat16)
     expected = forecast(model, processor, video, **options)
@@ -143,7 +143,7 @@ def main():
     parser.add_argument("--weight-bits", type=int, choices=WEIGHT_BITS, help="quantize the weights")
     args = parser.parse_args()
 
-    processor = AutoProcessor.from_pretrained(args.model)
+    processor = VambaProcessor.from_pretrained(args.model)
     options = {"num_frames": args.num_frames, "fps": args.fps, "segment_frames": args.segment_frames}
     options["video_cache"] = args.video_cache
     if args.longest_edge:

@@ -16,11 +16,17 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers import set_seed
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from transformers_vamba import VambaDataCollator, last_whole_checkpoint, lora_target_modules
+from transformers_vamba import (
+    VambaDataCollator,
+    VambaForConditionalGeneration,
+    VambaProcessor,
+    last_whole_checkpoint,
+    lora_target_modules,
+)
 from transformers_vamba.compat import rename_checkpointing
 from transformers_vamba.training.model_card import write_model_card
 from transformers_vamba.training.peft import VambaPeftModel
@@ -84,8 +90,8 @@ def load_conversations(folder: str) -> Dataset:
 def main(args: list[str] | None = None):
     args, training_args = TrlParser((FinetuningArguments, AdapterConfig)).parse_args_and_config(args)
     set_seed(training_args.seed)  # of the adapter, which is made before the trainer
-    processor = AutoProcessor.from_pretrained(args.model)
-    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto")
+    processor = VambaProcessor.from_pretrained(args.model)
+    model = VambaForConditionalGeneration.from_pretrained(args.model, dtype="auto")
     adapter = LoraConfig(
         r=args.lora_rank,
         lora_alpha=2 * args.lora_rank,

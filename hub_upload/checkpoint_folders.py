@@ -182,8 +182,11 @@ def check_parameters(
                 repeated.append(name)
             shapes[name] = shape
 
-    with torch.device("meta"):
-        model = model_class(config)
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+    except Exception as error:  # of whatever kind: the sizes are not trusted
+        raise ValueError(f"The {CONFIG_NAME} of {str(checkpoint)!r} describes no model: {error}") from error
     expected = model.state_dict()
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     names = {

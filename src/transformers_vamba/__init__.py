@@ -1,6 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vamba, the hybrid Mamba-Transformer for hour-long video. Importing it registers the Auto classes of Transformers."""
 
+try:
+    import torchvision  # noqa: F401  # what Transformers' image and video processors need, and name less clearly
+except Exception as error:  # without it, or with one that was built for another PyTorch
+    raise ImportError(
+        f"transformers_vamba needs torchvision for images and videos, and it cannot be imported ({error}). Install "
+        "the one that fits your PyTorch: `pip install torch torchvision`."
+    ) from error
+
 import transformers
 from transformers import (
     AutoConfig,
@@ -13,7 +21,7 @@ from transformers import (
 )
 
 from .cache.cache import VambaCache
-from .configuration_vamba import VambaConfig, VambaTextConfig
+from .configuration_vamba import PublishedConfig, VambaConfig, VambaTextConfig
 from .generation.forecast import VambaForecast, forecast_memory
 from .modeling_vamba import VambaForConditionalGeneration, VambaModel, VambaPreTrainedModel, VambaTextModel
 from .processing_vamba import VambaProcessor
@@ -24,6 +32,7 @@ from .video_processing_vamba import VambaVideoProcessor
 
 AutoConfig.register("vamba", VambaConfig)
 AutoConfig.register("vamba_text", VambaTextConfig)
+AutoConfig.register("qwen2_vl", PublishedConfig, exist_ok=True)  # what the published checkpoints call themselves
 AutoModel.register(VambaConfig, VambaModel)
 AutoModel.register(VambaTextConfig, VambaTextModel)
 AutoModelForImageTextToText.register(VambaConfig, VambaForConditionalGeneration)
@@ -33,6 +42,8 @@ AutoImageProcessor.register(VambaConfig, image_processor_classes={"torchvision":
 AutoVideoProcessor.register(VambaConfig, VambaVideoProcessor)
 AutoProcessor.register(VambaConfig, VambaProcessor)
 
+
+__version__ = "0.1.0"
 
 __all__ = [
     "STAGE_PARTS",

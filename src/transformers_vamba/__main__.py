@@ -3,18 +3,32 @@
 Transformers' own command line, for Vamba: `python -m transformers_vamba serve PATH` is `transformers serve PATH`.
 
 `transformers` itself does not import this package. Importing it registers the Auto classes; the server looks for the
-class among those of Transformers' own models as well, and there for whether it takes images and videos.
+class among those of Transformers' own models as well, and there for whether it takes images and videos. For a
+checkpoint in the published layout, whose files name Qwen2-VL's processor, it is given Vamba's.
 """
 
 import transformers
+from transformers import AutoConfig, AutoProcessor
 from transformers.cli.transformers import main
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from .configuration_vamba import VambaConfig
 from .modeling_vamba import VambaForConditionalGeneration
+from .processing_vamba import VambaProcessor
+
+
+class ServedProcessor(AutoProcessor):
+    """As [`AutoProcessor`], but a [`VambaProcessor`] for every Vamba, whatever its files name."""
+
+    @classmethod
+    def from_pretrained(cls, path, trust_remote_code=None, revision=None):
+        options = {"trust_remote_code": trust_remote_code, "revision": revision}
+        is_vamba = isinstance(AutoConfig.from_pretrained(path, **options), VambaConfig)
+        return (VambaProcessor if is_vamba else AutoProcessor).from_pretrained(path, **options)
 
 
 if __name__ == "__main__":
     transformers.VambaForConditionalGeneration = VambaForConditionalGeneration
+    transformers.AutoProcessor = ServedProcessor
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[VambaConfig.model_type] = VambaForConditionalGeneration.__name__
     main()

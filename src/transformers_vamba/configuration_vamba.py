@@ -147,6 +147,7 @@ class VambaConfig(Qwen2VLConfig):
         kwargs.setdefault("auto_map", dict(_AUTO_MAP))
         if "vision_mamba_mixer_config" in kwargs:
             kwargs = _translate_published_config(kwargs)
+            self.architectures = ["VambaForConditionalGeneration"]  # the published code's class has Qwen2-VL's name
             # The published code gives its vision configuration Qwen2-VL's own model type, among other leftovers.
             self.vision_config = {
                 name: value for name, value in self.vision_config.items() if hasattr(Qwen2VLVisionConfig, name)
@@ -172,6 +173,28 @@ class VambaConfig(Qwen2VLConfig):
         if "vision_mamba_mixer_config" in config_dict:
             config_dict["model_type"] = cls.model_type
         return config_dict, kwargs
+
+
+class PublishedConfig(Qwen2VLConfig):
+    """
+    What `AutoConfig` makes of a `config.json` that says `qwen2_vl`: a [`VambaConfig`] if it has Vamba's mixer, as the
+    published checkpoints do, and else the library's own [`Qwen2VLConfig`]. There are no instances of this class.
+    """
+
+    # With `trust_remote_code=True`, a repository's own code goes before a class of the library, but not before a class
+    # that a user registered. A Qwen2-VL with code of its own shall run it as if this package were not here.
+    __module__ = Qwen2VLConfig.__module__
+
+    def __new__(cls, *args, **kwargs):
+        return cls._class_for(kwargs)(*args, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        return cls._class_for(config_dict).from_dict(config_dict, **kwargs)
+
+    @staticmethod
+    def _class_for(fields: dict[str, Any]) -> type[Qwen2VLConfig]:
+        return VambaConfig if "vision_mamba_mixer_config" in fields else Qwen2VLConfig
 
 
 # The Auto class of the model, which TRL asks of an architecture that is not in the namespace of `transformers`. It is
@@ -233,7 +256,7 @@ def _translate_published_config(kwargs: dict[str, Any]) -> dict[str, Any]:
                     f"Unsupported switch in a published Vamba configuration: `{where}{name}` is {given!r}, and only "
                     f"{value!r} is supported."
                 )
-    for name in (*_PUBLISHED_SWITCHES, "distill_coeff"):
+    for name in (*_PUBLISHED_SWITCHES, "distill_coeff", "model_type"):
         kwargs.pop(name, None)
     kwargs.update({new: mixer[old] for old, new in _PUBLISHED_MIXER_FIELDS.items() if old in mixer})
     return kwargs

@@ -108,7 +108,8 @@ def group_media_by_row(
         if types and counts != (len(images[row]), len(videos[row])):
             raise ValueError(
                 f"The prompt of row {row} has {counts[0]} images and {counts[1]} videos (`mm_token_type_ids`), but "
-                f"{len(images[row])} images and {len(videos[row])} videos are given for it."
+                f"{len(images[row])} images and {len(videos[row])} videos are given for it. With Vamba a prompt has "
+                "one mark per image or video: prepare it with `VambaProcessor`, not with Qwen2-VL's processor."
             )
         queues = {1: iter(images[row]), 2: iter(videos[row])}
         media.append([next(queues[token_type]) for token_type in types] or images[row] + videos[row])
