@@ -56,13 +56,14 @@ from .inputs.checks import check_no_media_expected, check_tensor, check_text
 from .inputs.media import Medium, count_tokens, group_media_by_row, split_into_segments
 from .inputs.packing import lengths_of_samples, split_marks, starts_of_samples
 from .layers.decoder import VambaDecoderLayer
-from .layers.loss import loss_without_logits
+from .layers.loss import count_items, loss_without_logits
 from .layers.mixer import VambaMixer
 from .layers.vision import VambaVisionModel
 from .parallel.gradient_checkpointing import plain_checkpoint, resolve_checkpointing, run_in_parts
 from .parallel.ranks import (
     copy_parameters,
     count_missing_runs,
+    forget_zero_gradients,
     is_distributed,
     is_sharded,
     smallest_medium,
@@ -515,7 +516,7 @@ class VambaModel(VambaPreTrainedModel):
                 kwargs.update(self._video_stream([[smallest_medium(self.config.vision_config)]]), is_read=False)
                 kwargs["rows"] = [0] * len(inputs_embeds)
 
-        return self.language_model(
+        outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
@@ -523,16 +524,32 @@ class VambaModel(VambaPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
+        if "video_states" in kwargs and self.training and is_distributed():
+            forget_zero_gradients(outputs.last_hidden_state, self._list_parameters_of_media)
+        return outputs
+
+    def _list_parameters_of_media(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The parameters that images and videos alone run through, and those that nobody reads the results of."""
+        layers = self.language_model.layers
+        of_media = [layer.alpha for layer in layers] + list(self.visual.parameters())
+        for layer in layers:
+            of_media += [*layer.cross_attn.parameters(), *layer.vision_mixer.parameters()]
+        return of_media, list(layers[-1].vision_mixer.parameters())
 
     def _video_stream(self, media: list[list[Medium]]) -> dict:
-        """The videos of a batch one behind the other, for a pass through the decoder together with the text."""
-        rows, lengths = [], []
+        """The videos of a batch one after another, for a pass through the decoder together with the text."""
+        rows, lengths, videos = [], [], []
         for row_media in media:
-            rows.append(len(lengths) if row_media else None)
-            if row_media:
+            if not row_media:
+                rows.append(None)
+                continue
+            # Rows that share their media are given the same objects, and read one video.
+            if not (videos and list(map(id, row_media)) == list(map(id, videos[-1]))):
+                videos.append(row_media)
                 lengths.append(count_tokens(row_media, self.config.vision_config.spatial_merge_size))
+            rows.append(len(videos) - 1)
         return {
-            "video_states": self._embed_with_gradient(list(itertools.chain(*media))),
+            "video_states": self._embed_with_gradient(list(itertools.chain(*videos))),
             "video_lengths": lengths,
             "rows": rows,
         }
@@ -745,9 +762,9 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
             mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 where an image stands in the prompt, 2 where a video does, else 0: their order within a row. Without
                 it a row's images come before its videos.
-            image_sample_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-                The row that each image belongs to, or the sample of a packed row, from 0. By default all media are of
-                the only row, or one of each.
+            image_sample_ids (`torch.LongTensor` of shape `(num_images,)` or `(num_images, 2)`, *optional*):
+                The row that each image belongs to, or the sample of a packed row, from 0; or the first and the last
+                of those that share it. By default all media are of the only row, or one of each.
             video_sample_ids (`torch.LongTensor` of shape `(num_videos,)`, *optional*): And each video.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute logits for the last `logits_to_keep` positions only (0: all), or for those that a 1-D tensor
@@ -811,6 +828,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
             if starts is not None:
                 labels = labels.masked_fill(starts[:, slice_indices].to(labels.device), -100)
             kwargs["vocab_size"] = self.config.text_config.vocab_size
+            kwargs["num_items_in_batch"] = count_items(labels, **kwargs)
             if skip_logits:
                 loss = loss_without_logits(self.lm_head, self.loss_function, hidden_states, labels, **kwargs)
             else:
