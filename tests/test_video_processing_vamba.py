@@ -435,3 +435,32 @@ def test_frame_files_are_not_sampled_again(video_processor, tmp_path):
     assert video_processor([[paths]])["video_grid_thw"].tolist() == [[1, 4, 4]]
     with pytest.raises(ValueError, match="Sampling frames from a list of images is not supported"):
         video_processor([[paths]], do_sample_frames=True)
+
+
+@pytest.mark.parametrize(
+    "height, width, expected",
+    [(360, 640, 213), (1080, 1920, 51), (1920, 1080, 51), (64, 96, 3000)],
+)
+def test_frames_by_their_size(height, width, expected):
+    """As many as make 120,000 patches at edges of 128 to 1,280, two frames counted once: numbers of the published."""
+    processor = VambaVideoProcessor(size={"shortest_edge": 128, "longest_edge": 1280})
+    metadata = VideoMetadata(total_num_frames=100_000, fps=25, height=height, width=width)
+    indices = processor.sample_frames(metadata, max_patches=120_000)
+    whole = processor.sample_frames(metadata, num_frames=expected)
+    assert np.array_equal(indices, whole) and len(indices) == expected - expected % 2
+    assert len(processor.sample_frames(metadata, num_frames=8, max_patches=120_000)) == 8
+    assert len(processor.sample_frames(metadata, num_frames=8, max_patches=1)) == 1
+
+
+def test_frames_by_their_size_from_a_file(video_file):
+    processor = VambaVideoProcessor(size={"shortest_edge": 28, "longest_edge": 84}, num_frames=128)
+    # 56x84 pixels are 4x6 patches, 12 counted a frame.
+    given = processor(videos=video_file, num_frames=None, max_patches=100, return_tensors="pt")
+    expected = processor(videos=video_file, num_frames=8, return_tensors="pt")
+    assert torch.equal(given["pixel_values_videos"], expected["pixel_values_videos"])
+    assert given["video_grid_thw"][0, 0] == 4
+
+
+def test_frames_by_their_size_need_it():
+    with pytest.raises(ValueError, match="pass `video_metadata` with the `height` and `width`"):
+        VambaVideoProcessor().sample_frames(VideoMetadata(total_num_frames=8, fps=8), max_patches=100)

@@ -61,7 +61,7 @@ from .inputs.media import Medium, count_tokens, group_media_by_row, split_into_s
 from .inputs.packing import lengths_of_samples, split_marks, starts_of_samples
 from .inputs.text import make_masks, resolve_positions
 from .layers.decoder import VambaDecoderLayer
-from .layers.loss import loss_without_logits
+from .layers.loss import count_items, loss_without_logits
 from .layers.mixer import VambaMixer
 from .layers.video_context import VideoContext
 from .layers.vision import SEGMENT_FRAMES, VambaVisionModel
@@ -69,6 +69,7 @@ from .parallel.devices import execution_device
 from .parallel.gradient_checkpointing import resolve_checkpointing
 from .parallel.ranks import (
     copy_parameters,
+    forget_zero_gradients,
     is_distributed,
     is_sharded,
     smallest_medium,
@@ -395,7 +396,7 @@ class VambaModel(VambaPreTrainedModel):
             if is_sharded(self) or (self.training and torch.is_grad_enabled() and is_distributed()):
                 stand_in = [smallest_medium(self.config.vision_config)]
                 kwargs |= self._video_stream([stand_in] * len(text_lengths), text_lengths, is_packed, is_read=False)
-        return self.language_model(
+        outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
@@ -403,6 +404,17 @@ class VambaModel(VambaPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
+        if "video_states" in kwargs and self.training and is_distributed():
+            forget_zero_gradients(outputs.last_hidden_state, self._list_parameters_of_media)
+        return outputs
+
+    def _list_parameters_of_media(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The parameters that images and videos alone run through, and those that nobody reads the results of."""
+        layers = self.language_model.layers
+        of_media = [layer.alpha for layer in layers] + list(self.visual.parameters())
+        for layer in layers:
+            of_media += [*layer.cross_attn.parameters(), *layer.vision_mixer.parameters()]
+        return of_media, list(layers[-1].vision_mixer.parameters())
 
     def _choose_way(self, is_packed: bool, cache: Cache | None, use_cache: bool | None) -> tuple[bool, bool]:
         """Whether new videos go through the decoder together with the text, and whether a cache is returned."""
@@ -421,17 +433,22 @@ class VambaModel(VambaPreTrainedModel):
         self, media: list[list[Medium]], text_lengths: list[int], is_packed: bool, is_read: bool = True
     ) -> dict:
         """The videos of a batch, one after another, for a pass through the decoder together with the text."""
-        rows, lengths = [], []
+        rows, lengths, videos = [], [], []
         for row_media in media:
-            rows.append(len(lengths) if row_media else None)
-            if row_media:
+            if not row_media:
+                rows.append(None)
+                continue
+            # Rows that share their media are given the same objects, and read one video.
+            if not (videos and list(map(id, row_media)) == list(map(id, videos[-1]))):
+                videos.append(row_media)
                 lengths.append(count_tokens(row_media, self.config.vision_config.spatial_merge_size))
+            rows.append(len(videos) - 1)
         group = self.sequence_parallel_group
+        embeds = self.visual.encode_with_gradient(list(itertools.chain(*videos)))
+        context = VideoContext(rows, text_lengths, is_packed, lengths=lengths, group=group, is_read=is_read)
         return {
-            "video_states": self._hand_to_decoder(self.visual.encode_with_gradient(list(itertools.chain(*media)))),
-            "video_context": VideoContext(
-                rows, text_lengths, is_packed, lengths=lengths, group=group, is_read=is_read
-            ),
+            "video_states": self._hand_to_decoder(embeds),
+            "video_context": context,
         }
 
 
@@ -520,9 +537,9 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
             mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 where an image stands in the prompt, 2 where a video does, else 0: their order within a row. Without
                 it a row's images come before its videos.
-            image_sample_ids (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-                The row that each image belongs to, or the sample of a packed row, from 0. By default all media are of
-                the only row, or one of each.
+            image_sample_ids (`torch.LongTensor` of shape `(num_images,)` or `(num_images, 2)`, *optional*):
+                The row that each image belongs to, or the sample of a packed row, from 0; or the first and the last
+                of those that share it. By default all media are of the only row, or one of each.
             video_sample_ids (`torch.LongTensor` of shape `(num_videos,)`, *optional*): And each video.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute logits for the last `logits_to_keep` positions only (0: all), or for those that a 1-D tensor
@@ -591,6 +608,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
             if starts is not None:
                 labels = labels.masked_fill(starts[:, slice_indices].to(labels.device), -100)
             kwargs["vocab_size"] = self.config.text_config.vocab_size
+            kwargs["num_items_in_batch"] = count_items(labels, **kwargs)
             if skip_logits:
                 loss = loss_without_logits(self.lm_head, self.loss_function, hidden_states, labels, **kwargs)
             else:

@@ -43,6 +43,9 @@ class VambaVideoProcessorKwargs(VideosKwargs, total=False):
         Least number of frames to sample. The number of frames of the video still bounds it.
     max_frames (`int`, *optional*):
         Greatest number of frames to sample.
+    max_patches (`int`, *optional*):
+        Greatest number of patches of a whole video, which bounds its frames by their size: before they are brought to
+        multiples of `patch_size * merge_size`, and counting `temporal_patch_size` frames once.
     """
 
     min_pixels: int
@@ -52,6 +55,7 @@ class VambaVideoProcessorKwargs(VideosKwargs, total=False):
     merge_size: int
     min_frames: int | None
     max_frames: int | None
+    max_patches: int | None
 
 
 def whole_patches(num_frames: int, temporal_patch_size: int) -> int:
@@ -89,6 +93,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
     fps = None
     min_frames = None
     max_frames = None
+    max_patches = None
     valid_kwargs = VambaVideoProcessorKwargs
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
 
@@ -107,7 +112,8 @@ class VambaVideoProcessor(BaseVideoProcessor):
     def choose_sampling(kwargs: dict) -> dict:
         """Returns `kwargs` with `num_frames` set to `None` where `fps` is given, and the other way round."""
         given = [name for name in ("num_frames", "fps") if kwargs.get(name) is not None]
-        for name in given + [name for name in ("min_frames", "max_frames") if kwargs.get(name) is not None]:
+        bounds = ("min_frames", "max_frames", "max_patches")
+        for name in given + [name for name in bounds if kwargs.get(name) is not None]:
             if not isinstance(kwargs[name], (int, float)) or kwargs[name] <= 0:
                 raise ValueError(f"`{name}` must be a positive number, got {kwargs[name]!r}.")
         if len(given) == 2:
@@ -148,6 +154,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
         fps: int | float | None = None,
         min_frames: int | None = None,
         max_frames: int | None = None,
+        max_patches: int | None = None,
         temporal_patch_size: int | None = None,
         **kwargs,
     ) -> np.ndarray:
@@ -164,6 +171,9 @@ class VambaVideoProcessor(BaseVideoProcessor):
                 middle lies behind the end. No frame is taken twice, and of the shortest video at least one.
             min_frames (`int`, *optional*), max_frames (`int`, *optional*):
                 Bounds of N. Where `fps` would pass one, the bound is the N of equal intervals.
+            max_patches (`int`, *optional*):
+                A further bound, by the `height` and `width` of the video: N frames have at most so many patches, two
+                frames (`temporal_patch_size`) counted once. As the published training chooses N.
             temporal_patch_size (`int`, *optional*):
                 The sampled frames at the end that fill no whole temporal patch are left out.
 
@@ -171,8 +181,12 @@ class VambaVideoProcessor(BaseVideoProcessor):
             `np.ndarray`: int64 of shape (sampled frames,), ascending.
         """
         total = metadata.total_num_frames
+        temporal_patch_size = temporal_patch_size or self.temporal_patch_size
         if not total:
             raise ValueError("the video has no frames")
+        if max_patches is not None:
+            num_patches = self._count_patches_of_frame(metadata, temporal_patch_size, **kwargs)
+            max_frames = min(max_frames or total, max(max_patches // max(num_patches, 1), 1))
         indices = None
         if fps is not None:
             if not metadata.fps:
@@ -192,7 +206,18 @@ class VambaVideoProcessor(BaseVideoProcessor):
         if indices is None or bounded != len(indices):
             bounds = np.linspace(0, total, bounded + 1).astype(np.int64)
             indices = (bounds[:-1] + bounds[1:] - 1) // 2
-        return indices[: whole_patches(len(indices), temporal_patch_size or self.temporal_patch_size)]
+        return indices[: whole_patches(len(indices), temporal_patch_size)]
+
+    def _count_patches_of_frame(self, metadata, temporal_patch_size: int, patch_size: int | None = None, **kwargs):
+        """What a frame adds to the patches of its video, before the last resize."""
+        if not metadata.height or not metadata.width:
+            raise ValueError(
+                "`max_patches` bounds the frames by their size: pass `video_metadata` with the `height` and `width` "
+                "of the video, or use `num_frames`."
+            )
+        height, width = self.get_resized_sizes(metadata.height, metadata.width, patch_size=patch_size, **kwargs)[0]
+        patch_size = patch_size or self.patch_size
+        return (height // patch_size) * (width // patch_size) // temporal_patch_size
 
     def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
         """

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import datasets
@@ -18,7 +19,8 @@ import synthetic_videos
 import torch
 import train_stage
 import yaml
-from ask_video import answer, encode, load
+from ask_video import answer, encode
+from ask_video import load as load_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_vamba import FIXTURES, ROOT, TINY_CHECKPOINT
@@ -62,7 +64,7 @@ def videos_of_colour(folder: Path, seeds: range, colour: str | None):
 
 
 def answers(path, folder: Path, rows: list[dict]) -> list[str]:
-    model, processor = load(path, "cpu")
+    model, processor = load_checkpoint(path, "cpu")
     return [
         answer(model, processor, encode(model, processor, str(folder / row["file_name"])), row["question"], 16)
         for row in rows
@@ -91,7 +93,7 @@ def test_lora_teaches_the_name_of_a_colour(tmp_path, monkeypatch):
     assert sum("white" in given for given in answers(tmp_path / "merged", tmp_path, unseen)) >= 5
     right = [given == row["answer"] for given, row in zip(answers(tmp_path / "merged", tmp_path, known), known)]
     assert sum(right) >= 3
-    assert not any("lora" in name for name in load(tmp_path / "merged", "cpu")[0].state_dict())
+    assert not any("lora" in name for name in load_checkpoint(tmp_path / "merged", "cpu")[0].state_dict())
 
 
 # The published stages
@@ -163,10 +165,21 @@ def data_files(folder: Path) -> list[str]:
     return [str(folder / name) for name in ("captions.jsonl", "video.json", "images.json", "embedded.parquet")]
 
 
+def load(files: list[str], folder="", streaming=False, on_error="raise", seed=0, **options) -> list[dict]:
+    """The rows that the program would train on."""
+    args = train_stage.StageArguments(
+        stage=2, model="", data=files, media_folder=str(folder), streaming=streaming, on_error=on_error, **options
+    )
+    return list(train_stage.load_conversations(args, seed))
+
+
+def samples_of(rows: list[dict]) -> list[dict]:
+    return [sample for row in rows for sample in row.get("samples", [row])]
+
+
 @pytest.mark.parametrize("streaming", (True, False))
 def test_published_layouts(media_folder, streaming):
-    dataset = train_stage.load_conversations(data_files(media_folder), str(media_folder), streaming, 0, "raise")
-    rows = sorted(dataset, key=str)
+    rows = sorted(samples_of(load(data_files(media_folder), media_folder, streaming)), key=str)
     assert len(rows) == 9
     processor = AutoProcessor.from_pretrained(TINY_CHECKPOINT)
     collator = train_stage.VambaDataCollator(processor)
@@ -178,13 +191,15 @@ def test_published_layouts(media_folder, streaming):
     }
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     medium, turn = "<|vision_start|><|vision_end|>", "<|im_end|>\n<|im_start|>assistant\n"
+    captions = {said for _, said in texts if said.startswith("a grey thing")}
+    assert captions == {f"a grey thing {i}<|im_end|>\n" for i in range(3)}
+    for text, said in [text for text in texts if text[1] in captions]:
+        question = text.removeprefix(f"{system}{medium}").removesuffix(f"{turn}{said}")
+        assert question in {question.format(medium="image") for question in train_stage.CAPTION_QUESTIONS}
+    texts = {text for text in texts if text[1] not in captions}
     expected = {
         (f"{system}{medium}{question}{turn}{said}", said)
         for question, said in [
-            *(
-                (train_stage.CAPTION_QUESTION.format(medium="image"), f"a grey thing {i}<|im_end|>\n")
-                for i in range(3)
-            ),
             ("What moved?", "a circle<|im_end|>\n"),
             ("Colour?", "red<|im_end|>\n"),
         ]
@@ -195,12 +210,20 @@ def test_published_layouts(media_folder, streaming):
     assert texts == expected
 
 
-def test_caption_of_a_video():
-    row = train_stage.to_messages({"video": "0.mp4", "caption": "a circle", "image": None}, "/media")
-    question = train_stage.CAPTION_QUESTION.format(medium="video")
-    assert row["messages"][0]["content"] == [
-        {"type": "video", "text": None, "path": "/media/0.mp4"},
-        {"type": "text", "text": question, "path": None},
+def test_captions_are_asked_for_by_one_of_twenty_questions():
+    """By chance, and for each row the same in every process and in a run that goes on."""
+    rows = [{"video": f"{i}.mp4", "caption": "a circle", "image": None} for i in range(200)]
+    questions = []
+    for row in rows:
+        given = train_stage.to_messages(row, "/media", seed=1)
+        assert given == train_stage.to_messages(row, "/media", seed=1)
+        video, question = given["messages"][0]["content"]
+        assert video == {"type": "video", "text": None, "path": f"/media/{row['video']}"}
+        questions.append(question["text"])
+    assert len(set(train_stage.CAPTION_QUESTIONS)) == 20
+    assert set(questions) == {question.format(medium="video") for question in train_stage.CAPTION_QUESTIONS}
+    assert questions != [
+        train_stage.to_messages(row, "/media", 2)["messages"][0]["content"][1]["text"] for row in rows
     ]
 
 
@@ -222,10 +245,10 @@ def test_marks_and_media_that_do_not_match(row, error, streaming, tmp_path):
     good = row | {"conversations": [human("<image>" * len(row.get("image", "v")) + "Hm?"), gpt("no")]}
     (tmp_path / "rows.json").write_text(json.dumps([row, good]))
     files = [str(tmp_path / "rows.json")]
-    (kept,) = train_stage.load_conversations(files, "", streaming, 0, "skip")
+    (kept,) = samples_of(load(files, streaming=streaming, on_error="skip"))
     assert kept["messages"][1]["content"][0]["text"] == "no"
     with pytest.raises(ValueError, match=error):
-        list(train_stage.load_conversations(files, "", streaming, 0, "raise"))
+        load(files, streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", (True, False))
@@ -233,10 +256,10 @@ def test_a_turn_without_words_is_left_out(streaming, tmp_path):
     rows = [{"conversations": [human("Hm?"), {"from": "gpt", "value": said}]} for said in (None, "no")]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     files = [str(tmp_path / "rows.json")]
-    (kept,) = train_stage.load_conversations(files, "", streaming, 0, "skip")
+    (kept,) = samples_of(load(files, streaming=streaming, on_error="skip"))
     assert kept["messages"][1]["content"][0]["text"] == "no"
     with pytest.raises(ValueError, match="Cannot train on .*None"):
-        list(train_stage.load_conversations(files, "", streaming, 0, "raise"))
+        load(files, streaming=streaming)
 
 
 def stage_arguments(stage: int, model: str, files: list[str], folder: Path, output_dir, *more: str) -> list[str]:
@@ -244,6 +267,17 @@ def stage_arguments(stage: int, model: str, files: list[str], folder: Path, outp
         *("--config", str(EXAMPLES / f"train_stage{stage}.yaml")),
         *("--model", model, "--data", *files, "--media_folder", str(folder), "--output_dir", str(output_dir)),
         *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--pack_rows", "False"),
+        *(
+            "--samples_per_row",
+            "1",
+            "--rows_weigh_equally",
+            "False",
+            "--balance",
+            "False",
+            "--image_edges",
+            "56",
+            "84",
+        ),
         *("--num_frames", "4", "--shortest_edge", "56", "--longest_edge", "56", "--learning_rate", "1e-3"),
         *(*CPU, *QUICK, *more),
     ]
@@ -274,7 +308,7 @@ def test_frames_by_rate_in_the_place_of_the_number_that_the_configuration_has(me
     """A clash of the two would otherwise be an error of every video, and each of them left out."""
     arguments = stage_arguments(2, str(TINY_CHECKPOINT), data_files(media_folder)[1:2], media_folder, tmp_path / "out")
     arguments += ["--fps", "4", "--max_steps", "1"]
-    with pytest.raises(ValueError, match="exclude one another, got 4 and 4.0"):
+    with pytest.raises(ValueError, match="mutually exclusive, got num_frames=4 and fps=4.0"):
         train_stage.main(arguments)
     trainer = train_stage.main([*arguments, "--num_frames", "0"])
     assert trainer.data_collator.processor_kwargs["videos_kwargs"]["fps"] == 4
@@ -294,13 +328,116 @@ def test_a_published_checkpoint_goes_on():
     assert torch.equal(model.model.language_model.layers[0].alpha, weights["model.layers.0.alpha"])
 
 
-def test_configurations_are_the_published_ones():
-    for stage, rate, rows in ((1, 1e-5, 16), (2, 5e-6, 32)):
-        config = yaml.safe_load((EXAMPLES / f"train_stage{stage}.yaml").read_text())
-        assert (config["stage"], config["learning_rate"]) == (stage, rate)
-        assert 8 * config["gradient_accumulation_steps"] == rows  # 8 GPUs, a packed row each
-        assert config["per_device_train_batch_size"] == 8 and config["pack_rows"]
-        assert (config["lr_scheduler_type"], config["warmup_steps"], config["weight_decay"]) == ("cosine", 0.03, 0.01)
+# What the published scripts and their data configurations say.
+PUBLISHED = {
+    "num_train_epochs": 1,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "weight_decay": 0.01,
+    "per_device_train_batch_size": 1,
+    "samples_per_row": 8,
+    "pack_rows": True,
+    "rows_weigh_equally": True,
+    "published_labels": True,
+    "bf16": True,
+    "gradient_checkpointing": True,
+}
+PUBLISHED_STAGES = {
+    1: {"learning_rate": 1e-5, "gradient_accumulation_steps": 2},  # 16 rows on 8 GPUs
+    2: {
+        "learning_rate": 5e-6,
+        "gradient_accumulation_steps": 4,  # 32
+        "balance": True,
+        "max_patches": 120000,
+        "shortest_edge": 128,
+        "longest_edge": 1280,
+        "image_edges": [128, 1920],
+    },
+}
+
+
+@pytest.mark.parametrize("stage", (1, 2))
+def test_configurations_are_the_published_ones(stage):
+    config = yaml.safe_load((EXAMPLES / f"train_stage{stage}.yaml").read_text())
+    expected = PUBLISHED | PUBLISHED_STAGES[stage] | {"stage": stage}
+    assert {name: config.get(name) for name in expected} == expected
+    assert not {"num_frames", "fps"} & config.keys()
+
+
+def test_data_sets_are_balanced_by_the_square_roots_of_their_sizes(tmp_path):
+    """Of 126 rows 10/16, 5/16 and 1/16, each a tenth more."""
+    sizes = {"large": 100, "middle": 25, "small": 1}
+    for name, size in sizes.items():
+        rows = [{"conversations": [human("Hm?"), gpt(f"{name} {i}")]} for i in range(size)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    files = [str(tmp_path / f"{name}.json") for name in sizes]
+    said = [s["messages"][1]["content"][0]["text"] for s in samples_of(load(files, balance=True))]
+    counts = [int(126 * 1.1 * root / 16) for root in (10, 5, 1)]
+    assert counts == [86, 43, 8]
+    expected = [f"large {i}" for i in range(86)] + [f"middle {i % 25}" for i in range(43)] + ["small 0"] * 8
+    assert said == expected
+    assert len(load(files)) == 126 and len(load(files[:1], balance=True)) == 100
+
+
+def test_rows_of_eight_images_or_of_all_questions_about_a_video(media_folder):
+    images = [{"image": f"{i % 3}.png", "conversations": [human("<image>Hm?"), gpt(str(i))]} for i in range(9)]
+    texts = [{"conversations": [human("Hm?"), gpt("text")]}]
+    videos = [
+        {"video": f"{name}.mp4", "conversations": [human("<video>Hm?"), gpt(f"{name} {i}")]}
+        for i, name in enumerate("0100")
+    ]
+    for name, rows in (("images", images + texts), ("videos", videos)):
+        (media_folder / f"{name}.json").write_text(json.dumps(rows))
+    files = [str(media_folder / "images.json"), str(media_folder / "videos.json")]
+    rows = load(files, media_folder, samples_per_row=8)
+    said = [[s["messages"][1]["content"][0]["text"] for s in row["samples"]] for row in rows]
+    assert said == [list("01234567"), ["8", "text"], ["0 0", "0 2", "0 3"], ["1 1"]]
+    processor = AutoProcessor.from_pretrained(TINY_CHECKPOINT)
+    batch = train_stage.VambaDataCollator(processor, packing=True)([rows[2]])
+    assert len(batch["video_grid_thw"]) == 1 and batch["video_sample_ids"].tolist() == [[0, 2]]
+    with pytest.raises(ValueError, match="cannot be combined with `streaming`"):
+        load(files, media_folder, streaming=True, samples_per_row=8)
+
+
+def test_a_data_set_of_several_files(tmp_path):
+    for i in range(3):
+        rows = [{"conversations": [human("Hm?"), gpt(str(i))]}] * (i + 1)
+        (tmp_path / f"part-{i}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "other.json").write_text(json.dumps([{"conversations": [human("Hm?"), gpt("other")]}] * 6))
+    files = [str(tmp_path / "part-*.jsonl"), str(tmp_path / "other.json")]
+    said = [s["messages"][1]["content"][0]["text"] for s in samples_of(load(files, balance=True))]
+    assert len(said) == 12 and said.count("other") == 6  # two data sets of 6: 1.1 * 12 * 1/2
+
+
+@pytest.mark.parametrize("stage", (1, 2))
+def test_the_stages_train_as_configured(media_folder, tmp_path, stage):
+    """Two steps with the files as they are, but for what a CPU lacks."""
+    arguments = ["--config", str(EXAMPLES / f"train_stage{stage}.yaml"), "--model", str(TINY_CHECKPOINT)]
+    arguments += ["--data", *data_files(media_folder), "--media_folder", str(media_folder)]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--save_strategy", "no"]
+    arguments += ["--longest_edge", "128", *CPU, "--dataloader_num_workers", "0"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*checkpointing.*", category=FutureWarning)
+        trainer = train_stage.main(arguments)
+    assert np.isfinite(losses_of(trainer)).all() and len(losses_of(trainer)) == 2
+    assert trainer.rows_weigh_equally and trainer.data_collator.published_labels
+    assert trainer.model.is_gradient_checkpointing
+    decayed = {id(p) for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, parameter in trainer.model.named_parameters() if id(parameter) in decayed}
+    assert names and not any(part in name for name in names for part in ("A_log", ".D", "conv1d", "alpha", "dt_bias"))
+
+
+def test_an_adapter_trains_without_a_deprecated_name(tmp_path):
+    rows = list(videos_of_colour(tmp_path, range(2), None))
+    arguments = ["--videos", write_metadata(tmp_path, rows), "--output_dir", str(tmp_path / "out"), *CPU]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*checkpointing.*", category=FutureWarning)
+        trainer = finetune_lora_trl.main([*arguments, "--max_steps", "1", "--save_steps", "1"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "None" not in card and str(TINY_CHECKPOINT) in card and '"type": "video"' in card
+    assert f'from_pretrained("{tmp_path / "out"}"' in card
+    assert "PeftModel.from_pretrained" in (tmp_path / "out" / "checkpoint-1" / "README.md").read_text()
+    assert trainer.args.gradient_checkpointing
 
 
 @pytest.mark.parametrize("source", ("teacher", "stored"))
@@ -313,7 +450,7 @@ def test_stage_1_with_distillation(media_folder, qwen2_vl, tmp_path, source):
         rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
         tokenizer = AutoProcessor.from_pretrained(TINY_CHECKPOINT).tokenizer
         for row in rows:
-            count = len(tokenizer(f"{row['vlm_caption']}<|im_end|>\n").input_ids)
+            count = len(tokenizer(f"\n<|im_start|>assistant\n{row['vlm_caption']}<|im_end|>").input_ids)
             row |= {"top_k_values": [[2.0, 1.0]] * count, "top_k_indices": [[5, 7]] * count}
         Path(file).write_text("\n".join(map(json.dumps, rows)))
     trainer = train_stage.main(stage_arguments(1, qwen2_vl, [file], media_folder, tmp_path / "out", *more))

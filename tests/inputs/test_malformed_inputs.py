@@ -193,17 +193,15 @@ def test_bad_texts(model, case):
         model(**inputs)
 
 
-def test_places_without_media_in_training(monkeypatch):
+def test_places_without_media_in_training():
     """Some trainers drop videos: the text alone is not trained on without a word."""
-    warnings = []
-    monkeypatch.setattr("transformers_vamba.inputs.checks.logger.warning_once", warnings.append)
     model = tiny_model()
     text = torch.tensor([[5, 103, 104, 6]])
     model.eval()(input_ids=text)
     model.train()(input_ids=text.flip(1))
-    assert not warnings
-    model.train()(input_ids=text)
-    assert len(warnings) == 1 and "for images or videos, but none are given" in warnings[0]
+    model.train()(input_ids=text, mm_token_type_ids=torch.zeros_like(text))  # text about these tokens
+    with pytest.raises(ValueError, match="for images or videos, but none are given.*`VambaDataCollator`"):
+        model.train()(input_ids=text)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from transformers_vamba import VambaForConditionalGeneration
 
 
 TESTS = Path(__file__).parent
-CONFIGS = TESTS.parent / "examples" / "accelerate"
+CONFIGS = TESTS.parents[1] / "examples" / "accelerate"
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 SHARDED = ("fsdp2", pytest.param("zero3", marks=needs_deepspeed))
@@ -50,6 +50,7 @@ def run(kind: str, program: str, *arguments: str, on_gpus: bool = False, mixed_p
 
 def train(folder: Path, kind: str, *arguments: str, **kwargs):
     """Runs the training program, and returns its losses and the weights it has saved."""
+    folder.mkdir(exist_ok=True)
     if not (folder / "initial").is_dir():
         tiny_model().save_pretrained(folder / "initial")
     run(kind, "train_in_processes.py", str(folder), *arguments, **kwargs)
@@ -81,6 +82,25 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("kind", ("ddp", *SHARDED))
 def test_a_process_without_video(tmp_path, alone, kind, tower, arguments):
     assert_same_run(train(tmp_path, kind, "--tower", tower, *arguments), alone(tower))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    (
+        ("--steps", "4"),  # in the last step no process has media
+        ("--steps", "2", "--accumulate", "2"),  # in the second half of the last step
+        ("--steps", "8", "--checkpointing", '{"use_reentrant": false}'),  # and others follow
+    ),
+)
+@pytest.mark.parametrize("kind", ("ddp", "fsdp2"))
+def test_what_no_process_uses_has_no_gradient(tmp_path, kind, arguments):
+    """Or AdamW would move it by its momentum, and decay the weights that nobody reads."""
+    arguments = ("--optim", "adamw_torch", *arguments)
+    expected = train(tmp_path / "alone", "alone", *arguments)
+    assert_same_run(train(tmp_path / "several", kind, *arguments), expected)
+    initial = tiny_model().state_dict()
+    unread = [name for name in initial if ".layers.2.vision_mixer." in name]
+    assert unread and all(torch.equal(expected[1][name], initial[name]) for name in unread)
 
 
 def train_and_resume(folder: Path, kind: str, **kwargs):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a tiny model with Transformers' Trainer, in one process or several: a program for test_distributed.py."""
+"""Trains a tiny model with Transformers' Trainer, in one process or several: a program for test_ranks.py."""
 
 import argparse
 import json
@@ -55,6 +55,8 @@ def main():
     parser.add_argument("--tower", choices=("trained", "merger", "frozen"), default="trained")
     parser.add_argument("--skip-logits", action="store_true", help="in a different number of chunks in each process")
     parser.add_argument("--checkpointing", type=json.loads, help="gradient_checkpointing_kwargs")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches to a step")
+    parser.add_argument("--optim", default="sgd", help="the optimizer")
     args = parser.parse_args()
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     is_sharded = "ACCELERATE_USE_FSDP" in os.environ or "ACCELERATE_USE_DEEPSPEED" in os.environ
@@ -67,8 +69,11 @@ def main():
         max_steps=args.steps,
         save_steps=2,
         logging_steps=1,
-        learning_rate=0.1,
-        optim="sgd",
+        learning_rate=0.1 if args.optim == "sgd" else 1e-2,
+        optim=args.optim,
+        weight_decay=0.0 if args.optim == "sgd" else 0.1,
+        adam_epsilon=1e-2,  # what is nothing but rounding does not grow
+        gradient_accumulation_steps=args.accumulate,
         lr_scheduler_type="constant",
         max_grad_norm=0,
         gradient_checkpointing=args.checkpointing is not None,

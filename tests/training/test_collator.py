@@ -36,6 +36,10 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
+def message(text: str) -> dict:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
 def grey_image(level: int, size: int = 56) -> Image.Image:
     return Image.fromarray(np.full((size, size, 3), level, np.uint8))
 
@@ -414,3 +418,21 @@ def test_an_answer_that_is_cut_off(processor):
         collator([{"messages": [user("What happens in the video?"), assistant("a dog")]}])
     with pytest.raises(ValueError, match="the assistant says nothing in it"):
         VambaDataCollator(processor)([{"messages": [user("Hm?")]}])
+
+
+def test_a_stream_that_accelerate_cuts(tiny_processor, rows, tmp_path):
+    """Its batches by row, and pixels have none: the error says so, and what to do."""
+    arguments = {"max_steps": 1, "per_device_train_batch_size": 3, "use_cpu": True, "report_to": "none"}
+    arguments |= {"remove_unused_columns": False, "disable_tqdm": True, "save_strategy": "no"}
+    paths = [row["messages"][0]["content"][0]["path"] for row in rows[:1]] * 3
+    stream = Dataset.from_list([{"messages": [user(video(p), "?"), message("yes")]} for p in paths])
+    model = AutoModelForImageTextToText.from_pretrained(TINY_CHECKPOINT)
+
+    def train(**options):
+        args = TrainingArguments(str(tmp_path), **arguments, **options)
+        collator = VambaDataCollator(tiny_processor)
+        Trainer(model, args, train_dataset=stream.to_iterable_dataset(), data_collator=collator).train()
+
+    with pytest.raises(ValueError, match='pass `accelerator_config={"dispatch_batches": False}` to the trainer'):
+        train()
+    train(accelerator_config={"dispatch_batches": False})

@@ -257,3 +257,25 @@ def test_wrong_arguments(processor, student, teacher, rows, tmp_path):
     teacher.resize_token_embeddings(300)
     with pytest.raises(ValueError, match="must share a vocabulary, got 512 and 300"):
         make_trainer(student, processor, tmp_path, rows, teacher=teacher)
+
+
+@pytest.mark.parametrize("source", ("teacher", "stored"))
+def test_a_batch_that_cannot_be_read_changes_nothing(processor, student, teacher, rows, tmp_path, source):
+    broken = {"messages": conversation([{"type": "video", "path": str(tmp_path / "missing.mp4")}], ("What?", "red"))}
+    collator = make_trainer(student, processor, tmp_path, rows).data_collator
+    if source == "stored":
+        for row in rows:
+            count = int((collator([row])["labels"] != -100).sum())
+            row |= {"top_k_values": [[1.0, 0.5]] * count, "top_k_indices": [[3, 4]] * count}
+    options = {"teacher": teacher} if source == "teacher" else {}
+    trainer = make_trainer(student, processor, tmp_path, [rows[2], broken], per_device_train_batch_size=1, **options)
+    trainer.data_collator.on_error = "skip"
+    trainer.data_collator(rows[2:])
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    batch = trainer.data_collator([broken])
+    loss = trainer.compute_loss(student.train(), batch, num_items_in_batch=torch.tensor(0))
+    loss.backward()
+    assert loss == 0 and not any(p.grad is not None and p.grad.any() for p in student.parameters())
+    trainer.train()
+    assert all(torch.isfinite(p).all() for p in student.parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in student.named_parameters())

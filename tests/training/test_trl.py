@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 
 import transformers_vamba
 from transformers_vamba import VambaDataCollator
+from transformers_vamba.training.preferences import VambaPreferenceCollator
 
 
 QUESTION = "What appeared?"
@@ -83,6 +84,10 @@ def user(*content) -> dict:
 
 def assistant(text: str) -> dict:
     return {"role": "assistant", "content": text}
+
+
+def message(text: str, role: str) -> dict:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
 @lru_cache
@@ -252,6 +257,63 @@ def test_dpo(model, processor, arguments, kind, reference):
     assert margins[0] == pytest.approx(0, abs=1e-5) and margins[1] != 0  # model and reference are one at first
 
 
+@pytest.mark.parametrize("batch_size", (1, 2))
+@pytest.mark.parametrize("reference", ("a model", "the base of an adapter"))
+def test_dpo_on_video_files(model, processor, arguments, videos, reference, batch_size):
+    """In the forms of `VambaDataCollator`: in the messages, and in a column."""
+    rows = [
+        {
+            "prompt": [user({"type": "video", "path": video if i % 2 else None}, {"type": "text", "text": QUESTION})],
+            "chosen": [message(ANSWERS[i], "assistant")],
+            "rejected": [message("a purple cross, and then nothing", "assistant")],
+            "images": [],
+            "videos": [] if i % 2 else [video],
+        }
+        for i, video in enumerate(videos)
+    ]
+    trainer = trl.DPOTrainer(
+        model,
+        ref_model=AutoModelForImageTextToText.from_pretrained(TINY_CHECKPOINT) if reference == "a model" else None,
+        args=trl.DPOConfig(
+            **arguments | {"per_device_train_batch_size": batch_size}, remove_unused_columns=False, max_length=None
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor,
+        data_collator=VambaPreferenceCollator(processor),
+        peft_config=peft.LoraConfig(r=4, target_modules="all-linear") if "adapter" in reference else None,
+    )
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    answers = [processor.decode(ids[mask == 1]) for ids, mask in zip(batch["input_ids"], batch["completion_mask"])]
+    assert answers == [f"{text}<|im_end|>\n" for text in [*ANSWERS[:2], *["a purple cross, and then nothing"] * 2]]
+    train(trainer, has_media=True)
+    margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
+    assert margins[0] == pytest.approx(0, abs=1e-5) and margins[1] != 0
+
+
+def test_preferences_score_each_answer_with_its_video(model, processor, videos):
+    """And of a prompt that holds an answer itself, only the new one counts."""
+    prompt = [user({"type": "video", "path": videos[0]}, {"type": "text", "text": QUESTION}), assistant("red")]
+    rows = [
+        {"prompt": [*prompt, user("So?")], "chosen": [assistant("2")], "rejected": [assistant("a green square")]},
+        {"prompt": [user("Well?")], "chosen": [assistant("yes")], "rejected": [assistant("no")]},
+        {"prompt": [prompt[0]], "chosen": [assistant("2")], "rejected": [assistant("a green square")]},
+    ]
+    batch = VambaPreferenceCollator(processor)(rows)
+    mask = batch.pop("completion_mask").bool()
+    with torch.no_grad():
+        logits = model(**batch).logits
+        for i in range(6):
+            answer = rows[i % 3][("chosen", "rejected")[i // 3]]
+            single = VambaDataCollator(processor)([{"messages": [*rows[i % 3]["prompt"], *answer]}])
+            length = single["input_ids"].shape[1]
+            torch.testing.assert_close(logits[i, :length], model(**single).logits[0], atol=1e-3, rtol=1e-3)
+            assert processor.decode(batch["input_ids"][i][mask[i]]) == f"{answer[0]['content']}<|im_end|>\n"
+    with pytest.raises(ValueError, match=r"lacks \['rejected'\], got \['chosen', 'prompt'\]"):
+        VambaPreferenceCollator(processor)([{name: rows[0][name] for name in ("prompt", "chosen")}])
+    with pytest.raises(ValueError, match="take `packing=False` and `on_error='raise'`"):
+        VambaPreferenceCollator(processor, packing=True)
+
+
 def reward(completions, **kwargs):
     """Of two answers to a question, always the second one is better."""
     return [float(i % 2) for i in range(len(completions))]
@@ -324,29 +386,28 @@ def test_grpo_scores_answers_with_the_images_that_they_were_given_to(model, proc
 # What TRL cannot do
 
 
-@pytest.mark.parametrize("name", ("SFT", "DPO", "GRPO"))
-def test_trl_does_not_train_on_videos_silently_without_them(model, processor, arguments, videos, name, monkeypatch):
+@pytest.mark.parametrize("name", ("SFT", "DPO", "GRPO", "RLOO"))
+def test_trl_does_not_train_on_videos_silently_without_them(model, processor, arguments, videos, name):
     """TRL's own data preparation knows images alone: of a video in the messages only the text is left."""
     question = [user({"type": "video", "path": videos[0]}, {"type": "text", "text": QUESTION})]
     answers = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in ANSWERS]
     row = {
         "SFT": {"prompt": question, "completion": answers[0]},
         "DPO": {"prompt": question, "chosen": answers[0], "rejected": answers[1]},
-        "GRPO": {"prompt": question},
-    }[name]
-    options = {"max_completion_length": 2, "num_generations": 2} if name == "GRPO" else {}
+    }.get(name, {"prompt": question})
+    is_online = name in ("GRPO", "RLOO")
+    options = {"max_completion_length": 2, "num_generations": 2} if is_online else {}
     trainer = getattr(trl, f"{name}Trainer")(
         model,
         args=getattr(trl, f"{name}Config")(**arguments, **options),
         train_dataset=Dataset.from_list([row, row]),
         processing_class=processor,
-        **({"reward_funcs": reward} if name == "GRPO" else {}),
+        **({"reward_funcs": reward} if is_online else {}),
         **({"ref_model": AutoModelForImageTextToText.from_pretrained(TINY_CHECKPOINT)} if name == "DPO" else {}),
     )
-    warnings = []
-    monkeypatch.setattr("transformers_vamba.inputs.checks.logger.warning_once", warnings.append)
-    trainer.train()
-    assert any("for images or videos, but none are given" in warning for warning in warnings)
+    with pytest.raises(ValueError, match="for images or videos, but none are given.*`VambaPreferenceCollator`"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_trl_loads_the_model_by_its_path(arguments):

@@ -181,7 +181,7 @@ class CapturedStep:
             self._step(twin)
             for layer in self.layers:
                 layer.cumulative_length.sub_(1)
-            # Not by `torch.cuda.graph`, which waits for the whole device and empties its cache: other threads use both.
+            # `torch.cuda.graph` would wait for the whole device and empty its cache, which other threads use.
             with _capture_lock:
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:

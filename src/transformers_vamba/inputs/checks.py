@@ -8,10 +8,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.utils import logging
-
-
-logger = logging.get_logger(__name__)
 
 
 def check_tensor(name: str, value: Any, floating: bool, shape: tuple[int | str, ...]) -> None:
@@ -81,8 +77,8 @@ def check_text(
 
 def check_no_media_expected(config: PreTrainedConfig, input_ids: Any, mm_token_type_ids: Any) -> None:
     """
-    For a prompt that came without images or videos: a `ValueError` where its marks say that it has some. Where only
-    its text does, a warning, as text may be about these tokens; some trainers drop media without a word.
+    For a prompt that came without images or videos: a `ValueError` if its marks, or without marks its text, say that
+    it has some. Trainers drop what they do not know without a word.
 
     Args:
         config ([`VambaConfig`]): Says which tokens stand around a medium.
@@ -99,7 +95,12 @@ def check_no_media_expected(config: PreTrainedConfig, input_ids: Any, mm_token_t
     elif input_ids is not None:
         starts = input_ids[:, :-1] == config.vision_start_token_id
         if (starts & (input_ids[:, 1:] == config.vision_end_token_id)).any():
-            logger.warning_once(f"The text has places (`<|vision_start|><|vision_end|>`) for {hint}")
+            raise ValueError(
+                f"The text has places (`<|vision_start|><|vision_end|>`) for {hint} TRL's own preparation keeps "
+                "images alone: for videos pass `VambaDataCollator` to `SFTTrainer`, `VambaPreferenceCollator` to "
+                "`DPOTrainer`; `GRPOTrainer` and `RLOOTrainer` cannot train on videos. For text that is about these "
+                "tokens pass `mm_token_type_ids` of zeros, as `VambaDataCollator` does."
+            )
 
 
 @contextmanager

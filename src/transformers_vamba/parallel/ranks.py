@@ -4,6 +4,8 @@ Several processes, each with samples of its own, that exchange parameters or gra
 the same parts of the model, whether its samples have images and videos or not, or the others wait for ever.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -55,6 +57,41 @@ def zero_of_parameters(module: nn.Module) -> torch.Tensor | int:
     """Zero, with a gradient of zero for every whole parameter of the module that trains."""
     whole = (parameter for parameter in module.parameters() if parameter.requires_grad and parameter.numel())
     return sum(0 * parameter.sum() for parameter in whole if not isinstance(parameter, DTensor))
+
+
+def forget_zero_gradients(
+    outputs: torch.Tensor, list_parameters: Callable[[], tuple[list[nn.Parameter], list[nn.Parameter]]]
+) -> None:
+    """
+    After the backward pass that comes from `outputs`: takes gradients away that would be `None` in one process, and
+    are zero since every process has to run the same. An optimizer would move by its momentum, and decay, what has one.
+
+    Args:
+        outputs (`torch.Tensor`): A result of the model.
+        list_parameters (`Callable`):
+            Gives the parameters of what runs for images and videos, and of what nobody reads the results of. If no
+            process has had any image or video, the gradients of all the former are zero.
+    """
+
+    def forget():
+        # Listed now: while they run, FSDP has other parameters in the place of its parts.
+        of_media, unread = list_parameters()
+        gradients = (parameter.grad for parameter in of_media if parameter.grad is not None)
+        # In a plain loop: in most steps the first one ends it.
+        is_read = any(bool(getattr(gradient, "_local_tensor", gradient).any()) for gradient in gradients)
+        if any(isinstance(parameter, DTensor) for parameter in of_media):  # each process sees its part
+            is_read = torch.tensor(is_read, dtype=torch.int32, device=outputs.device)
+            torch.distributed.all_reduce(is_read, torch.distributed.ReduceOp.MAX)
+        for parameter in unread if is_read else [*of_media, *unread]:
+            parameter.grad = None
+
+    def forget_last(gradient):
+        # DDP and FSDP hand out the gradients in callbacks at the end of the backward pass: this comes after them.
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        queue(lambda: queue(forget))
+
+    if outputs.requires_grad:
+        outputs.register_hook(forget_last)
 
 
 def smallest_medium(vision_config) -> Medium:

@@ -49,7 +49,8 @@ class VambaDataCollator:
     have in common are read, and encoded by the model, once.
 
     Only what the assistant says becomes `labels`: what a chat template marks by `{% generation %}`, or, without such
-    marks, what it writes between the prompt of a turn of the assistant and the end of that turn.
+    marks, what it writes between the prompt of a turn of the assistant and the end of that turn. Of a row with
+    `learn_from`, a number, the answers before that message are not learned, and marks are not looked at.
 
     Args:
         processor ([`VambaProcessor`]):
@@ -150,12 +151,13 @@ class VambaDataCollator:
         return samples, last_error
 
     def _prepare_row(
-        self, row: dict[str, Any], messages: list[dict[str, Any]], is_sharing: bool = False, first_learned: int = 0
+        self, row: dict[str, Any], messages: list[dict[str, Any]], is_sharing: bool
     ) -> dict[str, torch.Tensor]:
         """
         The inputs of one row, of shape (1, tokens) those of the text; without pixels if it shares those of the row
-        before it. What the assistant says is learned from message `first_learned` on.
+        before it.
         """
+        learn_from = row.get("learn_from") or 0
         processor_kwargs = self.processor_kwargs
         if is_sharing:
             sampling = ("num_frames", "fps", "min_frames", "max_frames", "videos_kwargs")
@@ -167,7 +169,7 @@ class VambaDataCollator:
             elif part["type"] == "image" and self.image_edges is not None:
                 _replace_source(part, self._bring_within_edges(load_image(_source(part))))
         has_marks = GENERATION_MARK.search(str(self.processor.chat_template)) is not None
-        use_marks = has_marks and not self.published_labels and not first_learned
+        use_marks = has_marks and not self.published_labels and not learn_from
         inputs = self.processor.apply_chat_template(
             messages,
             tokenize=True,
@@ -184,7 +186,7 @@ class VambaDataCollator:
         else:
             begins, ends = inputs["offset_mapping"].unbind(-1)
             is_said = torch.zeros_like(begins, dtype=torch.bool)
-            for begin, end in self._find_words_of_assistant(messages, first_learned):
+            for begin, end in self._find_words_of_assistant(messages, learn_from):
                 is_said |= (begins < end) & (ends > begin)
         is_said[:, 0] = False
         if not is_said.any():
@@ -212,9 +214,7 @@ class VambaDataCollator:
         height, width = self.processor.video_processor.get_resized_sizes(image.height, image.width, size=size)[0]
         return image.resize((width, height), Image.Resampling.BICUBIC)
 
-    def _find_words_of_assistant(
-        self, messages: list[dict[str, Any]], first_learned: int = 0
-    ) -> Iterator[tuple[int, int]]:
+    def _find_words_of_assistant(self, messages: list[dict[str, Any]], learn_from: int) -> Iterator[tuple[int, int]]:
         """Begin and end of what is learned of each turn, in characters of the text that is tokenized."""
 
         def render(messages, **kwargs):
@@ -223,7 +223,7 @@ class VambaDataCollator:
 
         conversation = render(messages)
         for i, message in enumerate(messages):
-            if message["role"] != "assistant" or i < first_learned:
+            if message["role"] != "assistant" or i < learn_from:
                 continue
             prompt = render(messages[:i], add_generation_prompt=True) if i else ""
             until_here = render(messages[: i + 1])
