@@ -21,18 +21,34 @@ def reference_mixer(block: VambaVisionMixer, video_states: torch.Tensor) -> torc
     groups_size = mixer.n_groups * mixer.state_size
     x, B, C = mixed.split([mixer.intermediate_size, groups_size, groups_size], -1)
     x = x.unflatten(-1, (mixer.num_heads, mixer.head_dim))
-    heads_per_group = mixer.num_heads // mixer.n_groups
-    B, C = (y.unflatten(-1, (mixer.n_groups, -1)).repeat_interleave(heads_per_group, 1) for y in (B, C))
-    dt, A = softplus(dt + mixer.dt_bias), -mixer.A_log.exp()
+    B, C = (y.unflatten(-1, (mixer.n_groups, -1)) for y in (B, C))
+    y, _ = reference_scan(x, softplus(dt + mixer.dt_bias), -mixer.A_log.exp(), B, C, mixer.D)
+    y = (y.flatten(1) * silu(gate)).unflatten(-1, (mixer.n_groups, -1))
+    y = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)).flatten(-2) * mixer.norm.weight
+    return residual + mixer.out_proj(y)
 
-    state = torch.zeros(mixer.num_heads, mixer.head_dim, mixer.state_size, dtype=torch.float64)
+
+def reference_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The recurrence of one sequence, in the dtype of `x`: outputs, and the state after it. Shapes as in
+    `transformers_vamba.ops.scan.scan`; `dt` comes after its bias and softplus.
+    """
+    heads_per_group = x.shape[1] // B.shape[1]
+    B, C = (y.repeat_interleave(heads_per_group, 1) for y in (B, C))
+    state = x.new_zeros(*x.shape[1:], B.shape[-1]) if state is None else state
     outputs = []
     for t in range(len(x)):
         state = state * (dt[t] * A).exp()[:, None, None] + torch.einsum("h,hp,hn->hpn", dt[t], x[t], B[t])
-        outputs.append(torch.einsum("hpn,hn->hp", state, C[t]) + mixer.D[:, None] * x[t])
-    y = (torch.stack(outputs).flatten(1) * silu(gate)).unflatten(-1, (mixer.n_groups, -1))
-    y = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)).flatten(-2) * mixer.norm.weight
-    return residual + mixer.out_proj(y)
+        outputs.append(torch.einsum("hpn,hn->hp", state, C[t]) + D[:, None] * x[t])
+    return torch.stack(outputs), state
 
 
 def rms_norm(norm, x: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,9 @@
 import pytest
 import torch
 from tiny_vamba import make_media, make_text, tiny_model
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_mamba_2_ssm_available
 
-from transformers_vamba.layers.mixer import VambaMixer
+from transformers_vamba.ops.scan import IMPLEMENTATIONS
 from transformers_vamba.parallel.gradient_checkpointing import HostCopy, OffloadedCheckpoint
 
 
@@ -26,12 +26,13 @@ def expected():
         return tiny_model()(**BATCH).logits
 
 
-@pytest.fixture(params=("kernels", "PyTorch"))
+@pytest.fixture(params=("triton", "torch", "mamba_ssm"))
 def scan(request, monkeypatch):
-    if request.param == "PyTorch":
-        monkeypatch.setattr(VambaMixer, "use_kernels", lambda self, device: False)
-    elif not tiny_model().model.language_model.layers[0].vision_mixer.mixer.use_kernels(torch.device("cuda")):
-        pytest.skip("mamba-ssm and causal-conv1d are not both installed")
+    if request.param == "mamba_ssm" and not is_mamba_2_ssm_available():
+        pytest.skip("mamba-ssm is not installed")
+    # On the CPU PyTorch's is still there.
+    implementations = {name: IMPLEMENTATIONS[name] for name in (request.param, "torch")}
+    monkeypatch.setattr("transformers_vamba.ops.scan.IMPLEMENTATIONS", implementations)
 
 
 def relative_error(logits, expected):

@@ -13,6 +13,7 @@ import torch
 from reference_vamba import reference_mixer
 from tiny_vamba import tiny_config
 from torch.nn.functional import silu, softplus
+from transformers.utils import is_mamba_2_ssm_available
 
 from transformers_vamba import VambaTextConfig
 from transformers_vamba.layers.mixer import VambaVisionMixer
@@ -130,14 +131,16 @@ def test_long_sequence_in_stretches(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ("triton", "mamba_ssm"))
 @pytest.mark.parametrize("num_tokens", (300_000, 1_000_000, TOKENS_OF_THREE_HOURS))
-def test_long_sequence_on_the_kernels(num_tokens):
+def test_long_sequence_on_the_kernels(num_tokens, implementation):
     """
     In bfloat16, with every projection, convolution, scan and norm of the layer, through `in_proj` rows of 14,704
     numbers. The float64 side takes the same bfloat16 weights and tokens, so the error is that of the arithmetic alone.
     """
-    skip_without_kernels()
-    layer = make_layer(VambaTextConfig(), "cuda", torch.bfloat16)
+    if implementation == "mamba_ssm":
+        skip_without_mamba_ssm()
+    layer = make_layer(VambaTextConfig(mamba_implementation=implementation), "cuda", torch.bfloat16)
     # Small tokens: the residual that they are does not round away what the mixer adds.
     video_states = torch.empty(1, num_tokens, 3584, device="cuda", dtype=torch.bfloat16).normal_(std=0.1)
     stretch = layer.mixer.max_tokens(video_states.device)
@@ -154,9 +157,22 @@ def test_long_sequence_on_the_kernels(num_tokens):
     assert errors.max() < 2e-2
 
 
-def skip_without_kernels() -> None:
-    if not make_layer(tiny_config().text_config, "cpu", torch.float32).mixer.use_kernels(torch.device("cuda")):
-        pytest.skip("mamba-ssm and causal-conv1d are not both installed")
+@pytest.mark.gpu
+def test_one_call_beyond_32_bits(monkeypatch):
+    """300,000 tokens at once, in rows of 14,704 numbers (4.4e9 together), give what stretches give."""
+    layer = make_layer(VambaTextConfig(), "cuda", torch.bfloat16)
+    video_states = torch.empty(1, 300_000, 3584, device="cuda", dtype=torch.bfloat16).normal_(std=0.1)
+    with torch.no_grad():
+        expected, _ = layer(video_states, [300_000])
+        monkeypatch.setattr(type(layer.mixer), "max_tokens", lambda self, device: 300_000)
+        mixed, _ = layer(video_states, [300_000])
+    for found, right in zip(mixed.split(2**15, dim=1), expected.split(2**15, dim=1)):
+        assert ((found - right).float().norm() / right.float().norm()) < 1e-3
+
+
+def skip_without_mamba_ssm() -> None:
+    if not is_mamba_2_ssm_available():
+        pytest.skip("mamba-ssm is not installed")
 
 
 def compare_scans(num_tokens: int, stretch: int = 32768) -> float:
@@ -180,7 +196,7 @@ def compare_scans(num_tokens: int, stretch: int = 32768) -> float:
             A,
             B[:, tokens],
             C[:, tokens],
-            chunk_size=mixer.chunk_size,
+            chunk_size=256,
             D=mixer.D,
             dt_bias=mixer.dt_bias,
             dt_softplus=True,
@@ -211,7 +227,7 @@ def test_public_kernel_needs_stretches():
     Within 2^31 numbers one call for all tokens gives what stretches give; beyond, it crashes or is wrong, silently.
     A crash takes the CUDA context with it, hence the process of its own.
     """
-    skip_without_kernels()
+    skip_without_mamba_ssm()
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         within = pool.submit(compare_scans, 140_000).result()
         try:

@@ -46,10 +46,7 @@ def test_matches_the_recurrence(lengths, max_tokens, groups, monkeypatch):
 @pytest.mark.parametrize("lengths, max_tokens", LAYOUTS + [([700], None), ([700, 300, 1], 256)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-3), (torch.bfloat16, 1e-2)])
 def test_kernels_match_the_recurrence(lengths, max_tokens, dtype, tolerance, monkeypatch):
-    block = make_block("cuda", dtype)
-    if not block.mixer.use_kernels(torch.device("cuda")):
-        pytest.skip("mamba-ssm and causal-conv1d are not both installed")
-    check_against_reference(block, lengths, max_tokens, tolerance, monkeypatch)
+    check_against_reference(make_block("cuda", dtype), lengths, max_tokens, tolerance, monkeypatch)
 
 
 @pytest.mark.parametrize("cuts", [[1, 2, 3, 50], [20], [49], list(range(1, 50))])

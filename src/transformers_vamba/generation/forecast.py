@@ -15,6 +15,7 @@ from ..cache.layers import VambaQuantizedVideoLayer, resolve_implementation
 from ..configuration_vamba import VambaConfig, VambaTextConfig
 from ..inputs.media import count_patch_values
 from ..modeling_vamba import VambaForConditionalGeneration
+from ..ops.scan_kernels import CHUNK
 from ..video.reading import count_frames, describe_stream, errors_of, open_video
 from ..video.segments import check_exists, complete_kwargs, open_source
 from ..video_processing_vamba import VambaVideoProcessor, whole_patches
@@ -89,9 +90,9 @@ def forecast_memory(
     **videos_kwargs,
 ) -> VambaForecast:
     """
-    Forecasts the tokens of a video and the peak of the memory allocated on a CUDA device, with the kernels of
-    `mamba-ssm` and `causal-conv1d`, while `iter_video_segments` and `encode_video` (or `generate`, with pixel values
-    in the host's memory) encode it and questions are answered. No frame is decoded and no weight is loaded.
+    Forecasts the tokens of a video and the peak of the memory allocated on a CUDA device, with the mixers' Triton
+    kernels, while `iter_video_segments` and `encode_video` (or `generate`, with pixel values in the host's memory)
+    encode it and questions are answered. No frame is decoded and no weight is loaded.
 
     Args:
         model ([`VambaConfig`] or [`VambaForConditionalGeneration`]):
@@ -269,16 +270,15 @@ def vision_bytes_per_patch(config: VambaConfig, dtype: torch.dtype) -> int:
 def mixer_bytes_per_token(config: VambaTextConfig, dtype: torch.dtype) -> int:
     """
     The most that lives at once in a mixer, a token, which is when the scan writes its output: residual and norm, what
-    `in_proj` gives (gate, convolution inputs and time steps), the convolution's output, time steps in float32
-    (three times), the state of each chunk and the output.
+    `in_proj` gives (gate, convolution inputs and time steps), the convolution's output, time steps and decays in
+    float32, the state of each chunk and the output.
     """
     inner_size = config.mamba_expand * config.hidden_size
     conv_dim = inner_size + 2 * config.mamba_n_groups * config.mamba_d_state
     num_heads = inner_size // config.mamba_d_head
     projected = inner_size + conv_dim + num_heads
-    chunk_states = inner_size * config.mamba_d_state // config.mamba_chunk_size
-    per_token = 2 * config.hidden_size + projected + conv_dim + chunk_states + inner_size
-    return per_token * dtype.itemsize + 3 * num_heads * 4 + config.mamba_n_groups * config.mamba_chunk_size * 4
+    per_token = 2 * config.hidden_size + projected + conv_dim + inner_size * config.mamba_d_state // CHUNK + inner_size
+    return per_token * dtype.itemsize + 2 * num_heads * 4
 
 
 def text_bytes_per_token(config: VambaTextConfig, dtype: torch.dtype) -> int:

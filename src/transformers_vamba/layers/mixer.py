@@ -13,9 +13,18 @@ from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from ..configuration_vamba import VambaTextConfig
 from ..ops.convolution import convolve
-from ..ops.scan import max_tokens, scan
+from ..ops.gated_norm import can_normalize, gated_rms_norm
+from ..ops.scan import choose_implementation, max_tokens, scan
 from ..ops.state import MambaState
 from ..parallel.gradient_checkpointing import MAX_TOKENS_PER_PART
+
+
+class VambaRMSNormGated(Zamba2RMSNormGated):
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Of `(1, num_tokens, num_channels)`, by one kernel on a GPU."""
+        if not can_normalize(hidden_states, self.group_size):
+            return super().forward(hidden_states, gate)
+        return gated_rms_norm(hidden_states[0], gate[0], self.weight, self.group_size, self.variance_epsilon)[None]
 
 
 class VambaMixer(nn.Module):
@@ -50,7 +59,7 @@ class VambaMixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.D = nn.Parameter(torch.empty(self.num_heads))
-        self.norm = Zamba2RMSNormGated(
+        self.norm = VambaRMSNormGated(
             self.intermediate_size, group_size=self.intermediate_size // self.n_groups, eps=1e-5
         )
         self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.mamba_proj_bias)
@@ -71,7 +80,9 @@ class VambaMixer(nn.Module):
 
     def max_tokens(self, device: torch.device) -> int:
         """The most tokens to run at once on `device`."""
-        return max_tokens(device, self.num_heads, self.head_dim, self.state_size)
+        sizes = (self.head_dim, self.state_size)
+        name = choose_implementation(device, self.A_log.dtype, *sizes, self.config.mamba_implementation)
+        return max_tokens(name, self.num_heads, *sizes, self.in_proj.out_features)
 
     def forward(
         self, hidden_states: torch.Tensor, lengths: list[int], state: MambaState | None = None
@@ -135,7 +146,7 @@ class VambaMixer(nn.Module):
         return outputs.flatten(1)[None], MambaState(self._conv_state(conv_inputs, history, lengths), ssm[None])
 
     def _conv_state(self, conv_inputs: torch.Tensor, history: torch.Tensor | None, lengths: list[int]) -> torch.Tensor:
-        """The convolution's last inputs, `(1, conv_kernel_size - 1, conv_dim)`, zeros before the last sequence."""
+        """The last inputs of the last sequence, `(1, conv_kernel_size - 1, conv_dim)`, with zeros before it."""
         num_kept = self.conv_kernel_size - 1
         last = conv_inputs[:, max(0, conv_inputs.shape[1] - min(num_kept, lengths[-1])) :]
         if (num_missing := num_kept - last.shape[1]) == 0:

@@ -4,6 +4,8 @@
 import torch
 from torch.nn.functional import silu
 
+from .convolution_kernels import Convolution, can_convolve
+
 
 def convolve(
     inputs: torch.Tensor,
@@ -24,6 +26,19 @@ def convolve(
     Returns:
         `torch.Tensor`: SiLU of the convolution, of the shape and dtype of the inputs.
     """
+    if can_convolve(inputs):
+        with torch.cuda.device_of(inputs):
+            return Convolution.apply(inputs, weight, bias, lengths, history, _convolve_in_torch)
+    return _convolve_in_torch(inputs, weight, bias, lengths, history)
+
+
+def _convolve_in_torch(
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lengths: list[int],
+    history: torch.Tensor | None,
+) -> torch.Tensor:
     num_taps = weight.shape[1]
     # All at once, with room before each sequence.
     empty = inputs.new_zeros(num_taps - 1, inputs.shape[1])

@@ -10,6 +10,8 @@ import torch
 from torch.nn.functional import pad, softplus
 from transformers.utils import is_mamba_2_ssm_available
 
+from .scan_kernels import can_scan, scan_in_triton
+
 
 CHUNK_SIZE = 64  # tokens per chunk of the PyTorch scan, whose work inside a chunk grows with it
 
@@ -46,38 +48,49 @@ def scan(
         `tuple[torch.Tensor, torch.Tensor]`: The outputs, of the shape and dtype of `x`, and the state after the last
         token, in float32 (in float64, if `x` is).
     """
-    _, function = IMPLEMENTATIONS[choose_implementation(x, B, implementation)]
-    with torch.autocast(x.device.type, enabled=False):
-        return function(x, dt, A, B, C, D, dt_bias, lengths, state)
+    name = choose_implementation(x.device, x.dtype, x.shape[-1], B.shape[-1], implementation)
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        return IMPLEMENTATIONS[name][1](x, dt, A, B, C, D, dt_bias, lengths, state)
 
 
-def choose_implementation(x: torch.Tensor, B: torch.Tensor, requested: str | None = None) -> str:
+def choose_implementation(
+    device: torch.device, dtype: torch.dtype, head_dim: int, state_size: int, requested: str | None = None
+) -> str:
     """
-    The implementation that takes these tensors: the requested one, else the first of `IMPLEMENTATIONS` that can.
+    Which implementation takes tensors of this dtype on this device, and heads and states of these sizes: the requested
+    one, else the first of `IMPLEMENTATIONS` that can.
 
     Raises:
         ValueError: if the requested one does not exist, or cannot take them.
     """
+    sizes = (device, dtype, head_dim, state_size)
     if requested is None:
-        return next(name for name, (can_take, _) in IMPLEMENTATIONS.items() if can_take(x, B))
+        return next(name for name, (can_take, _) in IMPLEMENTATIONS.items() if can_take(*sizes))
     if requested not in IMPLEMENTATIONS:
-        raise ValueError(f"The scan must be one of {', '.join(IMPLEMENTATIONS)}, or None, got {requested!r}.")
-    if not IMPLEMENTATIONS[requested][0](x, B):
         raise ValueError(
-            f"The scan {requested!r} cannot take a {x.dtype} tensor on {x.device} with heads of {x.shape[-1]} and a "
-            f"state of {B.shape[-1]}, or its package is not installed. None chooses one that can."
+            f"`mamba_implementation` must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, or None for the fastest "
+            f"without tuning, got {requested!r}."
+        )
+    if not IMPLEMENTATIONS[requested][0](*sizes):
+        raise ValueError(
+            f"`mamba_implementation={requested!r}` cannot take {dtype} tensors on {device}, heads of {head_dim} "
+            f"and a state of {state_size}, or its package is not installed. None chooses one that can."
         )
     return requested
 
 
-def max_tokens(device: torch.device, num_heads: int, head_dim: int, state_size: int) -> int:
+def max_tokens(implementation: str, num_heads: int, head_dim: int, state_size: int, row_size: int) -> int:
     """
-    The most tokens to scan at once on `device`, a multiple of the chunk size. The PyTorch scan holds two numbers per
-    head for each token of a chunk and each token before it, and a state per chunk, which the limit keeps to half a
-    gigabyte.
+    The most tokens to scan at once. The PyTorch scan holds two numbers per head for each pair of tokens of a chunk,
+    and a state per chunk, which the limit keeps to half a gigabyte. The kernels hold little; those of `mamba-ssm`
+    index rows of `row_size` numbers in 32 bits, and more tokens than this make no GPU faster.
     """
-    numbers_per_token = num_heads * (2 * CHUNK_SIZE + head_dim * state_size // CHUNK_SIZE)
-    return max(1, 2**27 // numbers_per_token // CHUNK_SIZE) * CHUNK_SIZE
+    if implementation == "torch":
+        numbers_per_token, limit = num_heads * (2 * CHUNK_SIZE + head_dim * state_size // CHUNK_SIZE), 2**27
+    else:
+        numbers_per_token, limit = row_size, 2**29
+    return max(1, limit // numbers_per_token // 256) * 256
 
 
 def _scan_in_torch(
@@ -169,12 +182,14 @@ def _scan_in_mamba_ssm(
     return y[0], state[0].clone()  # its state is a view of those of all chunks
 
 
-def _can_take_mamba_ssm(x: torch.Tensor, B: torch.Tensor) -> bool:
-    return x.is_cuda and is_mamba_2_ssm_available()
+def _can_scan_in_mamba_ssm(device: torch.device, dtype: torch.dtype, head_dim: int, state_size: int) -> bool:
+    return device.type == "cuda" and is_mamba_2_ssm_available()
 
 
-# By name: whether it takes these `x` and `B`, and the function. The fastest that needs no tuning comes first.
+# By name: whether it takes tensors like these (see `choose_implementation`), and the function. The fastest that needs
+# no tuning comes first.
 IMPLEMENTATIONS: dict[str, tuple[Callable, Callable]] = {
-    "torch": (lambda x, B: True, _scan_in_torch),
-    "mamba_ssm": (_can_take_mamba_ssm, _scan_in_mamba_ssm),
+    "triton": (can_scan, scan_in_triton),
+    "torch": (lambda *sizes: True, _scan_in_torch),
+    "mamba_ssm": (_can_scan_in_mamba_ssm, _scan_in_mamba_ssm),
 }

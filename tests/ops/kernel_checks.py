@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What a scan, a convolution and a gated norm give, and their gradients, against the definitions in float64.
+
+As a program it checks the Triton kernels on a CPU, with Triton's interpreter: `TRITON_INTERPRET=1` must be set before
+Triton is imported, hence a process of its own.
+"""
+
+import torch
+from reference_vamba import reference_scan
+from torch.nn.functional import conv1d, silu, softplus
+
+from transformers_vamba.ops import convolution_kernels, gated_norm, scan_kernels, triton_support
+from transformers_vamba.ops.convolution import convolve
+from transformers_vamba.ops.gated_norm import gated_rms_norm
+from transformers_vamba.ops.scan import scan
+
+
+# Lengths of the sequences, whether the first has begun before, and heads, head size, state size and groups.
+SCANS = [
+    ([1], True, (1, 16, 16, 1)),
+    ([50], False, (4, 16, 16, 2)),
+    ([128], True, (2, 16, 16, 1)),
+    ([200], True, (2, 16, 32, 1)),
+    ([7, 130, 1, 12], True, (4, 16, 32, 2)),
+    ([70, 3], False, (6, 24, 20, 3)),
+]
+# Lengths, whether the first has begun before, channels, taps, and whether there is a bias.
+CONVOLUTIONS = [
+    ([50], False, 40, 4, True),
+    ([150], True, 130, 4, True),
+    ([1, 70, 2, 5], True, 72, 4, True),
+    ([2, 3], True, 64, 3, False),
+    ([5], False, 64, 1, True),
+]
+NORMS = [(20, 96, 48), (3, 64, 64), (600, 40, 40)]  # tokens, channels, channels per group
+
+
+def worst(found: list[float]) -> float:
+    """Of `scan_errors`. The gradients of A, D and dt_bias are sums over tokens that mostly cancel: a tenth counts."""
+    return max(error / 10 if index in (4, 7, 8) else error for index, error in enumerate(found))
+
+
+def errors(outputs, inputs, expected, expected_inputs) -> list[float]:
+    """Relative errors of outputs, and of the gradients of inputs for the same random gradients of the outputs."""
+    outputs, expected = list(outputs), list(expected)
+    grads = [torch.randn_like(output, dtype=torch.float64) for output in expected]
+    device = outputs[0].device
+    found = torch.autograd.grad(outputs, inputs, [grad.to(output) for grad, output in zip(grads, outputs)])
+    expected_grads = torch.autograd.grad(expected, expected_inputs, grads)
+    pairs = zip([*outputs, *found], [*expected, *expected_grads])
+    return [((y.double() - x.to(device)).norm() / x.norm().clamp(min=1e-9)).item() for y, x in pairs]
+
+
+def draw(tensors, device, dtypes) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The tensors with a gradient, as they are to be checked and, rounded like these, in float64 on the CPU."""
+    rounded = [tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes)]
+    ours = [tensor.detach().to(device).requires_grad_() for tensor in rounded]
+    return ours, [tensor.detach().double().requires_grad_() for tensor in rounded]
+
+
+def scan_errors(lengths, has_state, sizes, device="cpu", dtype=torch.float32, implementation=None) -> list[float]:
+    """Of y, the last state, x, dt, A, B, C, D, dt_bias and the first state."""
+    torch.manual_seed(0)
+    (num_heads, head_dim, state_size, num_groups), num_tokens = sizes, sum(lengths)
+    groups_size = num_groups * state_size
+    # As the mixer has them: x, B and C lie in rows of one tensor, with room between them.
+    widths = [num_heads * head_dim, groups_size, groups_size, num_heads + 3]
+    x, B, C, dt = torch.randn(num_tokens, sum(widths)).split(widths, dim=-1)
+    tensors = [x.unflatten(-1, (num_heads, head_dim)), dt[:, :num_heads] - 2, -torch.rand(num_heads) * 3 - 0.1]
+    tensors += [y.unflatten(-1, (num_groups, state_size)) for y in (B, C)]
+    tensors += [torch.randn(num_heads), 0.3 * torch.randn(num_heads)]
+    full = torch.promote_types(dtype, torch.float32)
+    dtypes = [dtype, dtype, full, dtype, dtype, dtype, dtype]
+    if has_state:
+        tensors.append(torch.randn(num_heads, head_dim, state_size))
+        dtypes.append(full)
+    ours, inputs = draw(tensors, device, dtypes)
+    outputs = scan(*ours[:7], lengths, *(ours[7:] or [None]), implementation)
+
+    x, dt, A, B, C, D, dt_bias, *state = inputs
+    dt = softplus(dt + dt_bias)
+    pieces = []
+    for piece in zip(*(y.split(lengths) for y in (x, dt, B, C))):
+        x_piece, dt_piece, B_piece, C_piece = piece
+        y, last_state = reference_scan(x_piece, dt_piece, A, B_piece, C_piece, D, *state)
+        pieces.append(y)
+        state = []
+    return errors(outputs, ours, (torch.cat(pieces), last_state), inputs)
+
+
+def convolution_errors(
+    lengths, has_history, num_channels, num_taps, has_bias, device="cpu", dtype=torch.float32
+) -> list[float]:
+    torch.manual_seed(0)
+    rows = torch.randn(sum(lengths), num_channels + 8)[:, :num_channels]
+    tensors = [rows, torch.randn(num_channels, num_taps), torch.randn(num_channels)][: 3 if has_bias else 2]
+    tensors += [torch.randn(num_taps - 1, num_channels)] * has_history
+    ours, inputs = draw(tensors, device, [dtype] * len(tensors))
+
+    def arguments(tensors):
+        rest = list(tensors[2:])
+        return *tensors[:2], rest.pop(0) if has_bias else None, rest.pop() if has_history else None
+
+    inputs_, weight, bias, history = arguments(ours)
+    outputs = convolve(inputs_, weight, bias, lengths, history)
+    rows, weight, bias, history = arguments(inputs)
+    pieces = []
+    for piece in rows.split(lengths):
+        before = rows.new_zeros(num_taps - 1, num_channels) if history is None else history
+        pieces.append(conv1d(torch.cat([before, piece]).T, weight[:, None], bias, groups=num_channels).T)
+        history = None
+    return errors([outputs], ours, [silu(torch.cat(pieces))], inputs)
+
+
+def norm_errors(num_tokens, num_channels, group_size, device="cpu", dtype=torch.float32) -> list[float]:
+    torch.manual_seed(0)
+    gate = torch.randn(num_tokens, 2 * num_channels)[:, :num_channels]
+    ours, inputs = draw([torch.randn(num_tokens, num_channels), gate, torch.randn(num_channels)], device, [dtype] * 3)
+    outputs = gated_rms_norm(*ours, group_size, 1e-5)
+    states, gate, weight = inputs
+    gated = (states * silu(gate)).unflatten(-1, (-1, group_size))
+    expected = (gated * torch.rsqrt(gated.pow(2).mean(-1, keepdim=True) + 1e-5)).flatten(1) * weight
+    return errors([outputs], ours, [expected], inputs)
+
+
+def main():
+    for module in (convolution_kernels, gated_norm, scan_kernels, triton_support):
+        module.is_usable = lambda device: True
+    for check, cases in ((scan_errors, SCANS), (convolution_errors, CONVOLUTIONS), (norm_errors, NORMS)):
+        for case in cases:
+            found = check(*case)
+            print(check.__name__, case, " ".join(f"{error:.0e}" for error in found), flush=True)
+            assert max(found) < 1e-4
+
+
+if __name__ == "__main__":
+    main()
