@@ -29,7 +29,9 @@ def watch(model, processor, video, question, fps, every, speed=None):
     stretch = max(min(int(every * fps), 64) // step * step, step)  # frames that are appended at a time
     cache, num_frames, next_question, answered = None, 0, every, 0.0
     start = time.perf_counter()
-    for segment in processor.iter_video_segments(video, fps=fps, segment_frames=stretch, progress=False):
+    for segment in processor.iter_video_segments(
+        video, fps=fps, segment_frames=stretch, progress=False, live=speed is None
+    ):
         num_frames += int(segment["video_grid_thw"][0, 0]) * step
         seen = num_frames / fps
         if speed is not None:

@@ -193,13 +193,13 @@ def test_only_a_step_of_a_video_is_float_at_a_time(monkeypatch):
     lengths = []
     normalize = VambaVideoProcessor.rescale_and_normalize
 
-    def record(self, frames, *args):
-        lengths.append(len(frames))
-        return normalize(self, frames, *args)
+    def record(self, patches, *args):
+        lengths.append(len(patches))
+        return normalize(self, patches, *args)
 
     monkeypatch.setattr(VambaVideoProcessor, "rescale_and_normalize", record)
     VambaVideoProcessor(size={"shortest_edge": 28, "longest_edge": 28})(frames_of(70, 28, 28))
-    assert lengths == [32, 32, 6]
+    assert lengths == [16 * steps for steps in (16, 16, 3)]
 
 
 def test_odd_last_frame_is_dropped_and_single_frame_repeated(video_processor):

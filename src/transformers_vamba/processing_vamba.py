@@ -13,6 +13,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.video_utils import VideoInput
 
+from .messages import plain_conversation
 from .video.reading import check_frame_files, flatten_videos, normalize_videos
 from .video.segments import iter_video_segments
 from .video_processing_vamba import VambaVideoProcessor
@@ -103,7 +104,7 @@ class VambaProcessor(Qwen2VLProcessor):
                 The prompts, with a placeholder for each image and video. Without it, only the pixels are returned.
             videos (*optional*):
                 One video, a list of videos in the order of the placeholders, or a list of videos for each row. See
-                [`~video.reading.normalize_videos`] for the forms of a video.
+                [`~video.reading.normalize_video`] for the forms of a video.
             **kwargs:
                 Arguments of the tokenizer, the image processor and the video processor. `padding_side` is `"left"`,
                 for generation, unless given here: the tokenizer's own is not read, as saving keeps the last one used.
@@ -125,7 +126,7 @@ class VambaProcessor(Qwen2VLProcessor):
                 a row has a video before an image and their order cannot be marked.
         """
         check_modality_kwargs(kwargs)
-        text_kwargs = dict(kwargs.pop("text_kwargs", {}))
+        text_kwargs = dict(kwargs.pop("text_kwargs", None) or {})
 
         def pop_text_kwarg(name, default):
             return kwargs.pop(name, text_kwargs.pop(name, default))
@@ -136,7 +137,7 @@ class VambaProcessor(Qwen2VLProcessor):
         if text_kwargs:
             kwargs["text_kwargs"] = text_kwargs
         text = [text] if isinstance(text, str) else text
-        do_sample_frames = kwargs.get("do_sample_frames", kwargs.get("videos_kwargs", {}).get("do_sample_frames"))
+        do_sample_frames = kwargs.get("do_sample_frames", (kwargs.get("videos_kwargs") or {}).get("do_sample_frames"))
         check_frame_files(videos, do_sample_frames)
         outputs = super().__call__(
             images=images,
@@ -174,6 +175,7 @@ class VambaProcessor(Qwen2VLProcessor):
         fps: float | None = None,
         segment_frames: int = 64,
         progress: bool | None = None,
+        live: bool = False,
         **videos_kwargs,
     ) -> Iterator[BatchFeature]:
         """
@@ -183,35 +185,39 @@ class VambaProcessor(Qwen2VLProcessor):
             for segment in processor.iter_video_segments("movie.mp4", fps=1.0):
                 cache = model.encode_video(**segment, cache=cache)
 
-        The segments, one behind the other, are what `processor(videos=[video])` gives at once. A background thread
+        The segments, one after another, are what `processor(videos=[video])` gives at once. A background thread
         decodes two of them ahead; no more than four are in memory at a time, whatever the length.
 
         Args:
             video:
-                A path or a URL, an open binary file, a list of frames or an array. A pipe, a binary file that cannot
-                be sought or a URL of unknown length is a live source: it is read as it comes, and sampled by `fps`.
+                A video in any form that [`~video.reading.normalize_video`] takes. A pipe, and what else cannot be
+                sought, is brought to a temporary file first, unless it is `live`.
             num_frames (`int`, *optional*), fps (`float`, *optional*):
                 How many frames to sample, or how many a second. By default as the video processor is set.
             segment_frames (`int`, *optional*, defaults to 64):
                 Greatest number of sampled frames in a segment, a multiple of `temporal_patch_size`.
             progress (`bool`, *optional*):
                 Whether to show a progress bar. By default only where stderr is a terminal.
+            live (`bool`, *optional*, defaults to `False`):
+                Whether to read a file, pipe or URL as it comes, such as a camera's, sampled by `fps`. The frames are
+                those of the whole file where frames come at a constant rate, and otherwise where the container says
+                their times without rounding.
             **videos_kwargs:
                 Further arguments of the video processor.
 
         Yields:
             `BatchFeature`: `pixel_values_videos` and `video_grid_thw` of the segment; and `num_remaining_tokens`, the
-            tokens of the segments to come, unless the source is a live one. `encode_video` sizes its cache by it.
-            Leaving off early waits for the read in progress: of a stalled live source, for its next byte or its end.
+            tokens of the segments to come, unless the source is live. `encode_video` sizes its cache by it. Leaving
+            off early waits for the frame in progress, but no longer than a second, as a live source may have stalled.
 
         Raises:
             `FileNotFoundError`: for a path without a file.
-            `ValueError`: for what cannot be read as a video, is truncated (behind the segments that are there), or is
+            `ValueError`: for what cannot be read as a video, is truncated (after the segments that are there), or is
                 sampled in a way that it does not allow.
         """
         sampling = {"num_frames": num_frames, "fps": fps}
         videos_kwargs |= {name: value for name, value in sampling.items() if value is not None}
-        return iter_video_segments(self.video_processor, video, segment_frames, progress, **videos_kwargs)
+        return iter_video_segments(self.video_processor, video, segment_frames, progress, live, **videos_kwargs)
 
     def _mark_media(self, text: list[str], input_ids, media: list[list[str]]):
         """
@@ -266,13 +272,28 @@ class VambaProcessor(Qwen2VLProcessor):
             videos = normalize_videos(videos)
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
 
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """
+        See [`~transformers.ProcessorMixin.apply_chat_template`]. A part of a message may also be OpenAI's `video_url`,
+        `input_video`, `image_url`, `input_image` or `input_text`; and a video may bring `fps`, `num_frames` (or
+        `nframes`), `min_frames`, `max_frames`, `min_pixels`, `max_pixels`, `size` and `on_damage` for itself.
+        """
+        return super().apply_chat_template(plain_conversation(conversation), *args, **kwargs)
+
+    def _process_videos(self, videos, **kwargs):
+        processed = self.video_processor(videos, **kwargs)
+        count = len(flatten_videos(videos))
+        return processed, [self.replace_video_token(processed, video_idx=index, **kwargs) for index in range(count)]
+
     def validate_inputs(self, images=None, text=None, videos=None, **kwargs):
         if text is not None:
             if not all(isinstance(sample, str) for sample in text):
                 raise ValueError(f"`text` must be a string or a list of strings, got {text!r}.")
             self._check_counts("image", text, self.image_token, images, make_flat_list_of_images)
             self._check_counts("video", text, self.video_token, videos, flatten_videos)
-        super().validate_inputs(images=images, text=text, videos=videos, **kwargs)
+        # The base class counts videos of the forms that it knows.
+        counted = None if videos is None else ["video"] * len(flatten_videos(videos))
+        super().validate_inputs(images=images, text=text, videos=counted, **kwargs)
 
     @staticmethod
     def _check_counts(medium: str, text: list[str], token: str, media, flatten):

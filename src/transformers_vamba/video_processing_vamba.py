@@ -1,30 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Video processor class for Vamba."""
 
-import os
-from io import BytesIO
-from urllib.request import urlopen
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
-from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor, smart_resize
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.utils import requires_backends
 from transformers.video_processing_utils import BaseVideoProcessor
-from transformers.video_utils import make_batched_metadata
+from transformers.video_utils import VideoMetadata, make_batched_metadata
 
+from .video.download import SourceLimits
+from .video.frames import ArrayFrames, Frames
 from .video.reading import (
-    absence_error,
+    FileFrames,
+    VideoWithOptions,
     check_frame_files,
-    errors_of,
     flatten_videos,
-    is_remote,
-    local_path,
+    normalize_video,
     normalize_videos,
-    read_video,
+    open_frames,
 )
+from .video.sources import errors_of
+
+
+SAMPLING = ("num_frames", "fps")
 
 
 class VambaVideoProcessorKwargs(VideosKwargs, total=False):
@@ -46,6 +51,9 @@ class VambaVideoProcessorKwargs(VideosKwargs, total=False):
     max_patches (`int`, *optional*):
         Greatest number of patches of a whole video, which bounds its frames by their size: before they are brought to
         multiples of `patch_size * merge_size`, and counting `temporal_patch_size` frames once.
+    on_damage (`str`, *optional*, defaults to `"raise"`):
+        What to do with a damaged or truncated file: `"raise"` an error, or `"skip"` what cannot be decoded, so that
+        the frames that can be are those of the video, and log what was skipped.
     """
 
     min_pixels: int
@@ -56,11 +64,75 @@ class VambaVideoProcessorKwargs(VideosKwargs, total=False):
     min_frames: int | None
     max_frames: int | None
     max_patches: int | None
+    on_damage: str
 
 
 def whole_patches(num_frames: int, temporal_patch_size: int) -> int:
     """Number of frames left when those that fill no temporal patch are dropped, unless there is no whole patch."""
     return max(num_frames - num_frames % temporal_patch_size, min(num_frames, temporal_patch_size))
+
+
+def replace_sampling(options: dict) -> dict:
+    """`options` of one video, of which `num_frames` or `fps` replaces both, and asks for sampling."""
+    is_sampled = any(options.get(name) is not None for name in SAMPLING)
+    return {**dict.fromkeys(SAMPLING), "do_sample_frames": True, **options} if is_sampled else options
+
+
+def describe_frames(frames: Frames) -> str:
+    metadata = frames.metadata
+    return f"{metadata.total_num_frames} of {metadata.height}x{metadata.width}"
+
+
+def patchify(frames: torch.Tensor, patch_size: int, temporal_patch_size: int, merge_size: int) -> torch.Tensor:
+    """
+    Cuts frames into patches in Qwen2-VL's order, before they are turned to float: a quarter of the memory is moved.
+
+    Args:
+        frames (`torch.Tensor`):
+            Of shape (frames, channels, height, width). The last one is repeated to fill a temporal patch.
+
+    Returns:
+        `torch.Tensor`: of shape (patches, channels, temporal_patch_size * patch_size, patch_size).
+    """
+    if missing := -len(frames) % temporal_patch_size:
+        frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
+    frames = frames.unflatten(0, (-1, temporal_patch_size))
+    frames = frames.unflatten(-2, (-1, merge_size, patch_size)).unflatten(-1, (-1, merge_size, patch_size))
+    # time, frame in the patch, channels, then rows and columns of merged patches, of patches and of pixels
+    frames = frames.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return frames.reshape(-1, frames.shape[5], temporal_patch_size * patch_size, patch_size)
+
+
+def allocate(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """An empty tensor of this shape. Raises a `MemoryError` if there is no room for it."""
+    try:
+        return like.new_empty(shape)
+    except RuntimeError as error:
+        num_bytes = math.prod(shape) * like.element_size()
+        raise MemoryError(f"{num_bytes / 2**30:.1f} GiB for {'x'.join(map(str, shape))} values") from error
+
+
+def nearest_to_middles(times: np.ndarray, fps: float) -> np.ndarray:
+    """
+    The frames that are nearest to the middles of intervals of `1 / fps` seconds, each of them once.
+
+    Args:
+        times (`np.ndarray`): float64 of shape (frames,), ascending from 0, in seconds.
+    """
+    end = times[-1] + times[-1] / max(len(times) - 1, 1)
+    ends = (times + np.append(times[1:], end)) / 2  # up to here no other frame is nearer
+    num_passed = np.floor(ends * fps + 0.5)
+    return np.flatnonzero(np.diff(num_passed, prepend=0))
+
+
+def spread_in_time(times: np.ndarray, num_frames: int) -> np.ndarray:
+    """The frames that are nearest to the middles of `num_frames` equal intervals, no frame twice."""
+    end = times[-1] + times[-1] / max(len(times) - 1, 1)
+    middles = (np.arange(num_frames) + 0.5) * end / num_frames
+    nearest = np.searchsorted((times[1:] + times[:-1]) / 2, middles)
+    numbers = np.arange(num_frames)
+    ascending = np.maximum.accumulate(nearest - numbers) + numbers
+    return np.minimum(ascending, len(times) - num_frames + numbers)
 
 
 class VambaVideoProcessor(BaseVideoProcessor):
@@ -72,7 +144,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
     shrunk to it and its aspect kept; then an edge below `size["shortest_edge"]` is raised to it; then both edges are
     brought to multiples of `patch_size * merge_size`, within `min_pixels` and `max_pixels`. Frames that fill no
     whole temporal patch at the end are dropped; a video of fewer frames than one temporal patch repeats its last one.
-    Files and URLs are decoded with PyAV.
+    Files and URLs are decoded with PyAV; `source_limits` says what may be opened, see [`SourceLimits`].
     """
 
     resample = PILImageResampling.BICUBIC
@@ -94,34 +166,53 @@ class VambaVideoProcessor(BaseVideoProcessor):
     min_frames = None
     max_frames = None
     max_patches = None
+    on_damage = "raise"
+    source_limits = SourceLimits()
     valid_kwargs = VambaVideoProcessorKwargs
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
 
     # How much of a video is resized and turned to float at a time: the rest stays as it was decoded until its turn.
     temporal_patches_per_step = 16
 
-    patchify = Qwen2VLVideoProcessor.patchify
-
     def __init__(self, **kwargs: Unpack[VambaVideoProcessorKwargs]):
         kwargs = self.choose_sampling(kwargs)
         super().__init__(**kwargs)
-        if kwargs.get("fps") is not None:
-            self.num_frames = None
+        for name in SAMPLING:  # the base class has set both, in whichever order
+            if kwargs.get(name) is not None:
+                setattr(self, name, kwargs[name])
+
+    def __setattr__(self, name, value):
+        """Setting one of `num_frames` and `fps` takes the place of the other."""
+        super().__setattr__(name, value)
+        if name in SAMPLING and value is not None:
+            super().__setattr__(next(other for other in SAMPLING if other != name), None)
+
+    def to_dict(self) -> dict:
+        """The settings that are saved. What may be opened is a matter of the program, not of the checkpoint."""
+        return {name: value for name, value in super().to_dict().items() if name != "source_limits"}
 
     @staticmethod
     def choose_sampling(kwargs: dict) -> dict:
         """Returns `kwargs` with `num_frames` set to `None` where `fps` is given, and the other way round."""
-        given = [name for name in ("num_frames", "fps") if kwargs.get(name) is not None]
+        given = [name for name in SAMPLING if kwargs.get(name) is not None]
         bounds = ("min_frames", "max_frames", "max_patches")
         for name in given + [name for name in bounds if kwargs.get(name) is not None]:
-            if not isinstance(kwargs[name], (int, float)) or kwargs[name] <= 0:
-                raise ValueError(f"`{name}` must be a positive number, got {kwargs[name]!r}.")
+            value = kwargs[name]
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
+            if name != "fps" and value != int(value):
+                raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
         if len(given) == 2:
             raise ValueError(
                 f"`num_frames` and `fps` are mutually exclusive, got num_frames={kwargs['num_frames']} and "
                 f"fps={kwargs['fps']}: pass one of them, and `None` for the other where it was set before."
             )
         return {**kwargs, **{"num_frames": None, "fps": None, given[0]: kwargs[given[0]]}} if given else kwargs
+
+    def complete_kwargs(self, kwargs: dict) -> dict:
+        """The arguments of a call, and what it leaves out from the attributes."""
+        defaults = {name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__}
+        return {**defaults, **self.choose_sampling(kwargs)}
 
     def preprocess(self, videos, **kwargs: Unpack[VambaVideoProcessorKwargs]) -> BatchFeature:
         """
@@ -145,7 +236,108 @@ class VambaVideoProcessor(BaseVideoProcessor):
                 allow.
         """
         check_frame_files(videos, kwargs.get("do_sample_frames"))
-        return super().preprocess(videos, **self.choose_sampling(kwargs))
+        completed = self.complete_kwargs(kwargs)
+        videos = flatten_videos(normalize_videos(videos))
+        if not videos:
+            raise ValueError("Expected at least one video, got none.")
+        given = self._metadata_of_each(videos, completed["video_metadata"])
+        read = [self._read_sampled(video, metadata, completed) for video, metadata in zip(videos, given, strict=True)]
+        frames, metadata = zip(*read, strict=True)
+        return self.preprocess_resized(list(frames), **{**kwargs, "video_metadata": list(metadata)})
+
+    @staticmethod
+    def _metadata_of_each(videos: list, video_metadata) -> list:
+        if video_metadata is None:
+            return [None] * len(videos)
+        given = make_batched_metadata(videos, video_metadata=video_metadata)
+        if len(given) != len(videos):
+            raise ValueError(f"Got {len(videos)} videos and {len(given)} entries of `video_metadata`.")
+        return given
+
+    def preprocess_resized(self, videos: list[torch.Tensor], **kwargs) -> BatchFeature:
+        """[`preprocess`] of frames that [`frame_transform`] has resized, each of shape (frames, channels, h, w)."""
+        own = {"do_resize": False, "do_sample_frames": False, "do_convert_rgb": False, "num_frames": None, "fps": None}
+        return super().preprocess(videos, **{**kwargs, **own, "input_data_format": "channels_first"})
+
+    def _read_sampled(self, video, metadata: VideoMetadata | None, kwargs: dict) -> tuple[torch.Tensor, VideoMetadata]:
+        """The sampled frames of one video, resized, of shape (frames, channels, height, width), and its metadata."""
+        if isinstance(video, VideoWithOptions):
+            video, kwargs = video.video, self.choose_sampling({**kwargs, **replace_sampling(video.options)})
+        with open_frames(video, self.source_limits, kwargs["on_damage"], kwargs["input_data_format"]) as frames:
+            if frames.failure is not None:
+                with errors_of(video):
+                    raise frames.failure
+            indices, metadata = self.choose_frames(frames, {**kwargs, "video_metadata": metadata})
+            resized, row = None, 0
+            for row, frame in enumerate(frames.read(indices, self.frame_transform(frames, kwargs))):
+                if resized is None:  # all at once, so that too large a video is refused before it fills the memory
+                    with errors_of(video):
+                        resized = allocate((len(indices), *frame.shape), frame)
+                resized[row] = frame
+        if resized is None:
+            raise ValueError(f"A video needs frames of at least one pixel, got {describe_frames(frames)}.")
+        return resized, metadata
+
+    def choose_frames(self, frames: Frames, kwargs: dict) -> tuple[np.ndarray, VideoMetadata]:
+        """
+        Chooses the frames of a video that are taken.
+
+        Args:
+            frames ([`Frames`]): The video.
+            kwargs (`dict`):
+                From [`complete_kwargs`]. Its `video_metadata` replaces what is known of frames in memory; of a file
+                its `fps` does, if it has one.
+
+        Returns:
+            `tuple[np.ndarray, VideoMetadata]`: their indices, int64, ascending, and what is known of the video.
+        """
+        if isinstance(frames, ArrayFrames) and 0 in frames.array.shape[1:]:
+            raise ValueError(f"A video needs frames of at least one pixel, got {describe_frames(frames)}.")
+        metadata, given = frames.metadata, kwargs["video_metadata"]
+        if isinstance(given, (list, tuple)) or isinstance(given, dict):
+            (given,) = self._metadata_of_each([frames], given)
+        if given is not None and not isinstance(frames, FileFrames):
+            metadata = given
+        elif given is not None and given.fps:
+            metadata.fps, metadata.frame_times = float(given.fps), None
+            metadata.duration = metadata.total_num_frames / metadata.fps
+        if kwargs["do_sample_frames"]:
+            with errors_of(frames.source) if isinstance(frames, FileFrames) else nullcontext():
+                indices = self.sample_frames(**{**kwargs, "metadata": metadata})
+        else:
+            indices = np.arange(frames.metadata.total_num_frames)
+        if kwargs["do_sample_frames"] or isinstance(frames, FileFrames):
+            metadata.frames_indices = indices
+        return indices, metadata
+
+    def frame_transform(self, frames: Frames | None, kwargs: dict) -> Callable:
+        """
+        Returns the function that brings a frame of shape (height, width, channels) to its final size, as a tensor of
+        shape (channels, height, width).
+
+        Args:
+            frames ([`Frames`], *optional*): The video, whose levels say how floats are to be read.
+            kwargs (`dict`): From [`complete_kwargs`].
+        """
+        names = ("size", "min_pixels", "max_pixels", "patch_size", "merge_size")
+        sizing = {name: kwargs[name] for name in names}
+        scale = frames.scale() if isinstance(frames, ArrayFrames) and kwargs["do_rescale"] else 1.0
+        do_resize, resample, device = kwargs["do_resize"], kwargs["resample"], kwargs["device"]
+
+        def transform(frame) -> torch.Tensor:
+            if isinstance(frame, np.ndarray):
+                frame = torch.from_numpy(np.require(frame, requirements="CW"))
+            # A batch of one, whose channels stay the last in memory: torchvision is fastest with these.
+            frame = frame.to(device or frame.device).movedim(-1, 0)[None]
+            if scale != 1.0:
+                frame = (frame * scale).round().to(torch.uint8)
+            if kwargs["do_convert_rgb"]:
+                frame = frame.expand(-1, 3, -1, -1) if frame.shape[1] == 1 else frame[:, :3]
+            for height, width in self.get_resized_sizes(*frame.shape[-2:], **sizing) if do_resize else ():
+                frame = self.resize(frame, SizeDict(height=height, width=width), resample=resample)
+            return frame[0]
+
+        return transform
 
     def sample_frames(
         self,
@@ -159,11 +351,13 @@ class VambaVideoProcessor(BaseVideoProcessor):
         **kwargs,
     ) -> np.ndarray:
         """
-        Chooses the middle frame of each of N equal intervals of a video, as the published code does.
+        Chooses the middle frame of each of N equal intervals of a video, as the published code does. Of frames that
+        are not shown at a constant rate, the one is taken that comes nearest in time to the middle.
 
         Args:
             metadata (`VideoMetadata`):
-                Its `total_num_frames`, and with `fps` also its `fps`, are read.
+                Its `total_num_frames`, and with `fps` also its `fps`, are read; and its `frame_times`, in seconds, if
+                it has them.
             num_frames (`int`, *optional*):
                 N, at most the number of frames of the video.
             fps (`int` or `float`, *optional*):
@@ -187,13 +381,17 @@ class VambaVideoProcessor(BaseVideoProcessor):
         if max_patches is not None:
             num_patches = self._count_patches_of_frame(metadata, temporal_patch_size, **kwargs)
             max_frames = min(max_frames or total, max(max_patches // max(num_patches, 1), 1))
-        indices = None
+        indices, times = None, getattr(metadata, "frame_times", None)
         if fps is not None:
             if not metadata.fps:
                 raise ValueError(
                     f"Sampling {fps} frames per second needs the frame rate of the video: pass `video_metadata` with "
                     "its `fps`, or use `num_frames`."
                 )
+        if fps is not None and times is not None:
+            indices = nearest_to_middles(times, fps)
+            num_frames = max(len(indices), 1)
+        elif fps is not None:
             step = max(metadata.fps / fps, 1)
             # To the nearest frame; a tie to the one before, so that a rate equal to the video's takes every frame.
             middles = (np.arange(int(np.ceil(total / step))) + 0.5) * step
@@ -202,8 +400,10 @@ class VambaVideoProcessor(BaseVideoProcessor):
             num_frames = max(len(indices), 1)
         elif num_frames is None:
             num_frames = total
-        bounded = min(max(num_frames, min_frames or 1), max_frames or total, total)
-        if indices is None or bounded != len(indices):
+        bounded = int(min(max(num_frames, min_frames or 1), max_frames or total, total))
+        if (indices is None or bounded != len(indices)) and times is not None:
+            indices = spread_in_time(times, bounded)
+        elif indices is None or bounded != len(indices):
             bounds = np.linspace(0, total, bounded + 1).astype(np.int64)
             indices = (bounds[:-1] + bounds[1:] - 1) // 2
         return indices[: whole_patches(len(indices), temporal_patch_size)]
@@ -225,7 +425,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
 
         Args:
             video_url_or_urls (`str` or `list`):
-                A path, a `file://`, `http://` or `https://` URL, or a list of these.
+                An encoded file in any form of [`normalize_video`], or a list of these.
             sample_indices_fn (`Callable`, *optional*):
                 Gives the frames to decode from the metadata. All of them, by default.
 
@@ -237,50 +437,20 @@ class VambaVideoProcessor(BaseVideoProcessor):
             return list(zip(*[self.fetch_videos(url, sample_indices_fn) for url in video_url_or_urls], strict=True))
 
         requires_backends(self, ["av"])
-        source = os.fspath(video_url_or_urls)
-        if not is_remote(source) and not os.path.isfile(local_path(source)):
-            raise absence_error(video_url_or_urls)
-        with errors_of(video_url_or_urls):
-            if is_remote(source):
-                with urlopen(source, timeout=60) as response:
-                    file = BytesIO(response.read())
+        video = normalize_video(video_url_or_urls)
+        with open_frames(video, self.source_limits, self.on_damage) as frames:
+            if frames.failure is not None:
+                with errors_of(video):
+                    raise frames.failure
+            metadata = frames.metadata
+            if sample_indices_fn is None:
+                metadata.frames_indices = np.arange(metadata.total_num_frames)
             else:
-                file = open(local_path(source), "rb")
-            with file:
-                return read_video(file, sample_indices_fn)
+                metadata.frames_indices = sample_indices_fn(metadata=metadata)
+            return np.stack(list(frames.read(metadata.frames_indices, np.asarray))), metadata
 
     def _decode_and_sample_videos(self, videos, video_metadata, do_sample_frames=None, sample_indices_fn=None):
-        videos = flatten_videos(normalize_videos(videos))
-        if not videos:
-            raise ValueError("Expected at least one video, got none.")
-        if video_metadata is None:
-            video_metadata = [None] * len(videos)
-        else:
-            video_metadata = make_batched_metadata(videos, video_metadata=video_metadata)
-        if len(video_metadata) != len(videos):
-            raise ValueError(f"Got {len(videos)} videos and {len(video_metadata)} entries of `video_metadata`.")
-
-        sampled_videos, sampled_metadata = [], []
-        for video, metadata in zip(videos, video_metadata, strict=True):
-            if isinstance(video, str):
-                video, metadata = self.fetch_videos(video, sample_indices_fn=sample_indices_fn)
-            else:
-                metadata = metadata or make_batched_metadata([video], video_metadata=None)[0]
-                if do_sample_frames:
-                    metadata.frames_indices = sample_indices_fn(metadata=metadata)
-                    video = video[metadata.frames_indices]
-            sampled_videos.append(video)
-            sampled_metadata.append(metadata)
-        return sampled_videos, sampled_metadata
-
-    def _prepare_input_videos(self, videos, input_data_format=None, **kwargs) -> list[torch.Tensor]:
-        # One by one: the base class takes the channel dimension of the first video for that of all.
-        return [
-            super(VambaVideoProcessor, self)._prepare_input_videos(
-                [video], input_data_format=input_data_format, **kwargs
-            )[0]
-            for video in videos
-        ]
+        return videos, video_metadata  # by `preprocess`
 
     def get_resized_sizes(self, height: int, width: int, **kwargs) -> list[tuple[int, int]]:
         """
@@ -338,78 +508,40 @@ class VambaVideoProcessor(BaseVideoProcessor):
     def _preprocess(
         self,
         videos: list[torch.Tensor],
-        do_resize: bool,
-        size: SizeDict,
-        min_pixels: int,
-        max_pixels: int,
         patch_size: int,
         temporal_patch_size: int,
         merge_size: int,
-        return_tensors=None,
-        **kwargs,
-    ) -> BatchFeature:
-        sizes, grids = [], []
-        for video in videos:
-            num_frames, _, height, width = video.shape
-            if not num_frames or not height or not width:
-                raise ValueError(f"A video needs frames of at least one pixel, got {num_frames} of {height}x{width}.")
-            factor = patch_size * merge_size
-            if do_resize:
-                sizes.append(
-                    self.get_resized_sizes(
-                        height,
-                        width,
-                        size=size,
-                        min_pixels=min_pixels,
-                        max_pixels=max_pixels,
-                        patch_size=patch_size,
-                        merge_size=merge_size,
-                    )
-                )
-            elif height % factor or width % factor:
-                raise ValueError(
-                    f"Without `do_resize`, the edges of a frame must be multiples of {factor}, got {height}x{width}."
-                )
-            else:
-                sizes.append([(height, width)])
-            height, width = sizes[-1][-1]
-            grids.append([max(num_frames // temporal_patch_size, 1), height // patch_size, width // patch_size])
-        video_grid_thw = torch.tensor(grids)
-
-        pixel_values, row = None, 0
-        for video, video_sizes in zip(videos, sizes, strict=True):
-            video = video[: whole_patches(len(video), temporal_patch_size)]
-            for frames in video.split(self.temporal_patches_per_step * temporal_patch_size):
-                patches, *_ = self.patchify(
-                    self._resize_and_normalize(frames, video_sizes, **kwargs)[None],
-                    patch_size=patch_size,
-                    merge_size=merge_size,
-                    temporal_patch_size=temporal_patch_size,
-                )
-                if pixel_values is None:
-                    pixel_values = patches.new_empty(int(video_grid_thw.prod(dim=1).sum()), patches.shape[-1])
-                pixel_values[row : row + patches.shape[1]] = patches[0]
-                row += patches.shape[1]
-        return BatchFeature(
-            data={"pixel_values_videos": pixel_values, "video_grid_thw": video_grid_thw}, tensor_type=return_tensors
-        )
-
-    def _resize_and_normalize(
-        self,
-        frames: torch.Tensor,
-        sizes: list[tuple[int, int]],
-        resample,
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
         image_mean: float | list[float] | None,
         image_std: float | list[float] | None,
-        do_convert_rgb: bool = False,  # newer versions of Transformers have converted the frames before
+        return_tensors=None,
         **kwargs,
-    ) -> torch.Tensor:
-        """Brings frames of shape (frames, channels, height, width) to each of `sizes` in turn and normalizes them."""
-        if do_convert_rgb:
-            frames = self.convert_to_rgb(frames)
-        for height, width in sizes:
-            frames = self.resize(frames, SizeDict(height=height, width=width), resample=resample)
-        return self.rescale_and_normalize(frames, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+    ) -> BatchFeature:
+        """Flattens and normalizes videos of their final size, each of shape (frames, channels, height, width)."""
+        grids, factor = [], patch_size * merge_size
+        for video in videos:
+            num_frames, _, height, width = video.shape
+            if height % factor or width % factor:
+                raise ValueError(
+                    f"Without `do_resize`, the edges of a frame must be multiples of {factor}, got {height}x{width}."
+                )
+            grids.append([max(num_frames // temporal_patch_size, 1), height // patch_size, width // patch_size])
+        video_grid_thw = torch.tensor(grids)
+
+        pixel_values, row = None, 0
+        for video in videos:
+            video = video[: whole_patches(len(video), temporal_patch_size)]
+            for frames in video.split(self.temporal_patches_per_step * temporal_patch_size):
+                patches = patchify(frames, patch_size, temporal_patch_size, merge_size)
+                patches = self.rescale_and_normalize(
+                    patches, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+                ).flatten(1)
+                if pixel_values is None:
+                    pixel_values = allocate((int(video_grid_thw.prod(dim=1).sum()), patches.shape[-1]), patches)
+                pixel_values[row : row + len(patches)] = patches
+                row += len(patches)
+        return BatchFeature(
+            data={"pixel_values_videos": pixel_values, "video_grid_thw": video_grid_thw}, tensor_type=return_tensors
+        )

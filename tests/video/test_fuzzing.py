@@ -22,7 +22,7 @@ import torch
 from tiny_vamba import level_of_frame, levels_of
 
 from transformers_vamba import VambaVideoProcessor
-from transformers_vamba.video.reading import open_video
+from transformers_vamba.video.container import open_video
 
 
 MEMORY = 2**30

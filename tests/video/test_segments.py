@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from tiny_vamba import ROOT, make_text, tiny_model
 
+from transformers_vamba.video import decoding, index
 from transformers_vamba.video import segments as video_segments
 
 
@@ -117,12 +118,16 @@ def test_default_rate_is_the_processors(processor, video_file):
     [("s.mkv", None), ("s.ts", None), ("fragmented-s.mp4", {"movflags": "frag_keyframe+empty_moov"})],
 )
 @pytest.mark.parametrize("fps", [1.0, 2.0, 2.7, 8.0, 50.0])
-def test_live_source_gives_the_frames_of_the_file(processor, write_video, name, options, fps):
+@pytest.mark.parametrize("live", [False, True])
+def test_live_source_gives_the_frames_of_the_file(processor, write_video, name, options, fps, live):
     path = write_video(name, num_frames=50, options=options)
     expected = processor(videos=[path], return_tensors="pt", fps=fps)
-    assert_equal(processor.iter_video_segments(Live(Path(path).read_bytes()), fps=fps, segment_frames=4), expected)
+    assert_equal(
+        processor.iter_video_segments(Live(Path(path).read_bytes()), live=live, fps=fps, segment_frames=4), expected
+    )
     every_frame = processor(videos=[path], return_tensors="pt", do_sample_frames=False)
-    assert_equal(processor.iter_video_segments(Live(Path(path).read_bytes()), do_sample_frames=False), every_frame)
+    source = Live(Path(path).read_bytes())
+    assert_equal(processor.iter_video_segments(source, live=live, do_sample_frames=False), every_frame)
 
 
 def test_pipe_and_open_file(processor, write_video, tmp_path):
@@ -147,7 +152,7 @@ def test_buffered_pipe_is_read_as_it_comes(processor, write_video):
     rest = threading.Timer(2, lambda: (os.write(source, content[len(content) * 3 // 4 :]), os.close(source)))
     os.write(source, content[: len(content) * 3 // 4])
     with os.fdopen(descriptor, "rb") as file:
-        segments = processor.iter_video_segments(file, fps=8.0, segment_frames=4)
+        segments = processor.iter_video_segments(file, live=True, fps=8.0, segment_frames=4)
         rest.start()
         first = next(segments)
         assert rest.is_alive()
@@ -173,15 +178,13 @@ def test_http_url(processor, write_video, monkeypatch, states_length):
         url = f"http://127.0.0.1:{server.server_port}/{path.name}"
         segments = list(processor.iter_video_segments(url, fps=2.0, segment_frames=4))
         by_count = processor.iter_video_segments(url, num_frames=4)
-        if states_length:
-            assert_equal(by_count, processor(videos=[str(path)], return_tensors="pt", num_frames=4))
-        else:
-            with pytest.raises(ValueError, match="Could not read 'http.*`num_frames` needs the number of frames"):
-                next(by_count)
+        assert_equal(by_count, processor(videos=[str(path)], return_tensors="pt", num_frames=4))
+        live = list(processor.iter_video_segments(url, live=True, fps=2.0, segment_frames=4))
         with pytest.raises(ValueError, match="Could not read .*absent.mp4"):
             next(processor.iter_video_segments(f"{url}/absent.mp4"))
         server.shutdown()
-    assert_equal(segments, processor(videos=[str(path)], return_tensors="pt", fps=2.0))
+    for read in (segments, live):
+        assert_equal(read, processor(videos=[str(path)], return_tensors="pt", fps=2.0))
 
 
 def test_arrays_and_lists_of_frames_are_cut(processor, tmp_path):
@@ -224,9 +227,9 @@ def decoded(monkeypatch):
     preprocess = video_segments.preprocess_stretches
 
     def record(*args):
-        for segment, length in preprocess(*args):
+        for segment, length, num_frames in preprocess(*args):
             lengths.append(length)
-            yield segment, length
+            yield segment, length, num_frames
 
     monkeypatch.setattr("transformers_vamba.video.segments.preprocess_stretches", record)
     return lengths
@@ -266,16 +269,16 @@ def test_reader_that_stops_early(processor, video_file, stop):
 def test_stopping_does_not_wait_for_a_segment_that_takes_long(processor, write_video, monkeypatch):
     path = write_video("long.mp4", num_frames=240)
     num_packets = 0
-    demux_until_stopped = video_segments.takewhile
+    demux = decoding.demux
 
-    def slow(predicate, packets):
+    def slow(container):
         nonlocal num_packets
-        for packet in demux_until_stopped(predicate, packets):
+        for packet in demux(container):
             num_packets += 1
             time.sleep(0.005)
             yield packet
 
-    monkeypatch.setattr("transformers_vamba.video.segments.takewhile", slow)
+    monkeypatch.setattr(decoding, "demux", slow)
     segments = processor.iter_video_segments(path, num_frames=8, segment_frames=2)
     next(segments)
     segments.close()
@@ -286,16 +289,17 @@ def test_program_that_ends_does_not_wait(write_video):
     path = write_video("unread.mp4", num_frames=60)
     program = """
 import sys, time
-from transformers_vamba import VambaVideoProcessor, video_segments
+from transformers_vamba import VambaVideoProcessor
+from transformers_vamba.video import decoding, segments as video_segments
 
-takewhile = video_segments.takewhile
+demux = decoding.demux
 
-def slow(predicate, packets):
-    for i, packet in enumerate(takewhile(predicate, packets)):
+def slow(container):
+    for i, packet in enumerate(demux(container)):
         time.sleep(0 if i < 30 else 120)
         yield packet
 
-video_segments.takewhile = slow
+decoding.demux = slow
 segments = video_segments.iter_video_segments(VambaVideoProcessor(), sys.argv[1], segment_frames=2)
 next(segments)
 print("end", flush=True)
@@ -336,19 +340,18 @@ def test_failure_of_a_live_source_comes_behind_its_frames(processor, write_video
     source = Live(content[: len(content) * 2 // 3], OSError("connection lost"))
     before = []
     with pytest.raises(ValueError, match="Could not read .*Live.* as a video: .*connection lost"):
-        for segment in processor.iter_video_segments(source, fps=8.0, segment_frames=4):
+        for segment in processor.iter_video_segments(source, live=True, fps=8.0, segment_frames=4):
             before.append(segment)
     assert len(before) > 3
 
 
-def test_frames_that_change_their_size(processor, video_file, monkeypatch):
-    read = video_segments.to_arrays
-
-    def grown(frames):
-        return read(frame if i < 6 else frame.reformat(width=frame.width * 2) for i, frame in enumerate(frames))
-
-    monkeypatch.setattr("transformers_vamba.video.segments.to_arrays", grown)
-    segments = processor.iter_video_segments(video_file, segment_frames=2)
+def test_frames_that_change_their_size(processor, write_video, tmp_path):
+    """Raw H.264 files can be put one after another, and the size changes on the way."""
+    path = tmp_path / "both.h264"
+    path.write_bytes(
+        Path(write_video("6.h264", 6)).read_bytes() + Path(write_video("wide.h264", 6, width=192)).read_bytes()
+    )
+    segments = processor.iter_video_segments(path, segment_frames=2, do_sample_frames=False)
     assert len(list(islice(segments, 3))) == 3
     with pytest.raises(ValueError, match="frame 6 is of shape .*64, 192.*, the first is of shape .*64, 96"):
         next(segments)
@@ -377,8 +380,17 @@ def test_bad_arguments_are_refused_at_once(processor, video_file, video, kwargs,
         (b"not a video " * 100, {}, "Could not read .*bad.mp4.* as a video"),
         (b"", {}, "Could not read .*bad.mp4.* as a video"),
         (Live(b""), {"fps": 1.0}, "Could not read .*Live.* as a video"),
-        (Live(b""), {"num_frames": 8}, "`num_frames` needs the number of frames.* live source.* with `fps`"),
-        (Live(b""), {"fps": 1.0, "max_frames": 8}, "`max_frames` needs the number of frames.* live source"),
+        (Live(b""), {"fps": 1.0, "live": True}, "Could not read .*Live.* as a video"),
+        (
+            Live(b""),
+            {"live": True, "num_frames": 8},
+            "`num_frames` needs the number of frames.* live source.* with `fps`",
+        ),
+        (
+            Live(b""),
+            {"live": True, "fps": 1.0, "max_frames": 8},
+            "`max_frames` needs the number of frames.* live source",
+        ),
         (np.zeros((0, 28, 28, 3), np.uint8), {}, "no frames"),
         (np.zeros((4, 28, 28, 3), np.uint8), {"fps": 1.0}, "needs the frame rate of the video"),
     ],
@@ -452,6 +464,10 @@ def test_hour_of_video_is_asked_in_bounded_memory(write_video):
 
 def test_absurd_number_of_frames(video_processor, video_file, monkeypatch):
     """A damaged header may state billions of frames: no list of them is made."""
-    monkeypatch.setattr("transformers_vamba.video.segments.count_frames", lambda file: (3, 2**40))
-    with pytest.raises(ValueError, match=r"video\.mp4.*only 3 of its 1099511627779 frames"):
-        next(video_segments.iter_video_segments(video_processor, video_file))
+    monkeypatch.setattr(index, "MOST_FRAMES", 20)
+    content = Path(video_file).read_bytes()
+    path = Path(video_file).with_name("absurd.mp4")
+    at = content.index(b"stsz") + 12
+    path.write_bytes(content[:at] + (10**6).to_bytes(4, "big") + content[at + 4 :])
+    with pytest.raises(ValueError, match=r"absurd\.mp4' as a video: "):
+        next(video_segments.iter_video_segments(video_processor, path))

@@ -21,7 +21,7 @@ from transformers import BatchFeature
 from transformers.utils import logging
 
 from ..cache.cache import VambaCache
-from ..video.reading import is_remote, local_path
+from ..video.sources import is_remote, local_path
 from .frames import EvaluationVideoProcessor
 
 

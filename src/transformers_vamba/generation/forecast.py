@@ -2,7 +2,6 @@
 """How many tokens a video has, and how much memory it takes to ask about it, before anything is loaded or run."""
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +15,8 @@ from ..configuration_vamba import VambaConfig, VambaTextConfig
 from ..inputs.media import count_patch_values
 from ..modeling_vamba import VambaForConditionalGeneration
 from ..ops.scan_kernels import CHUNK
-from ..video.reading import count_frames, describe_stream, errors_of, open_video
-from ..video.segments import check_exists, complete_kwargs, open_source
+from ..video.reading import check_video, normalize_video, open_frames
+from ..video.sources import describe_source, is_file
 from ..video_processing_vamba import VambaVideoProcessor, whole_patches
 
 
@@ -181,30 +180,29 @@ def measure_video(
     video_processor: VambaVideoProcessor, video, videos_kwargs: dict
 ) -> tuple[int, tuple[int, int, int]]:
     """The number of frames that are sampled of a video, and its grid in patches."""
-    kwargs = complete_kwargs(video_processor, videos_kwargs)
+    kwargs = video_processor.complete_kwargs(videos_kwargs)
     if isinstance(video, VideoMetadata):
         metadata = video
         missing = [name for name in ("total_num_frames", "height", "width") if not getattr(metadata, name)]
         if missing:
             raise ValueError(f"A video is described by its `total_num_frames`, `height` and `width`; got {metadata}.")
+        num_frames = metadata.total_num_frames
+        if kwargs["do_sample_frames"]:
+            num_frames = len(video_processor.sample_frames(**{**kwargs, "metadata": metadata}))
     else:
         requires_backends(video_processor, ["av"])
-        video = os.fspath(video) if isinstance(video, os.PathLike) else video
-        if not (isinstance(video, str) or hasattr(video, "read")):
+        if not is_file(video):
             raise TypeError(
-                "`video` must be a path, a URL, an open binary file or a VideoMetadata, which describes frames "
+                "`video` must be a path, a URL, bytes, an open binary file or a VideoMetadata, which describes frames "
                 f"in memory as well, got {type(video).__name__}."
             )
-        check_exists(video)
-        with errors_of(video), open_source(video) as file:
-            if not file.seekable():
-                raise ValueError("the length of a live source is not known; describe the video by a VideoMetadata")
-            found, missing = count_frames(file)
-            with open_video(file) as container:
-                metadata = describe_stream(container.streams.video[0], found + missing)
-    num_frames = metadata.total_num_frames
-    if kwargs["do_sample_frames"]:
-        num_frames = len(video_processor.sample_frames(**{**kwargs, "metadata": metadata}))
+        video = normalize_video(video)
+        check_video(video)
+        with open_frames(video, video_processor.source_limits, kwargs["on_damage"]) as frames:
+            indices, metadata = video_processor.choose_frames(frames, kwargs)
+            if not metadata.height or not metadata.width:
+                raise ValueError(f"{describe_source(video)} does not tell the size of its frames.")
+        num_frames = len(indices)
     height, width = metadata.height, metadata.width
     if kwargs["do_resize"]:
         height, width = video_processor.get_resized_sizes(height, width, **videos_kwargs)[-1]

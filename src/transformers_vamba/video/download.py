@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a URL names, brought to a temporary file whole, within limits on size, time and place."""
+
+import http.client
+import ipaddress
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from tempfile import TemporaryFile
+from typing import BinaryIO
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+
+
+CHUNK_BYTES = 2**18
+ATTEMPTS = 3
+FIRST_PAUSE = 0.5  # seconds before the second attempt; twice as long before each further one
+TEMPORARY_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True)
+class SourceLimits:
+    """
+    What may be opened as a video, and how much of it is taken. A server that opens what its users name sets them as
+    `video_processor.source_limits`.
+
+    Args:
+        max_bytes (`int`): Greatest size of a download, a pipe or a `data:` URL.
+        max_seconds (`float`): Longest time that a download or the reading of a pipe may take in all.
+        timeout (`float`): Longest wait for a connection and for the next byte, in seconds.
+        allow_local (`bool`): Whether paths and `file://` URLs may be opened.
+        allow_private (`bool`):
+            Whether a URL may lead to an address that is not public, such as `127.0.0.1` or `10.0.0.1`. If not,
+            proxies are not used, as the address behind them is not known.
+        allowed_hosts (`frozenset[str]`, *optional*): The only hosts that a URL may lead to, redirects included.
+    """
+
+    max_bytes: int = 2**36
+    max_seconds: float = 3600.0
+    timeout: float = 60.0
+    allow_local: bool = True
+    allow_private: bool = True
+    allowed_hosts: frozenset[str] | None = None
+
+    def check_url(self, url: str):
+        """Raises a `ValueError` for a URL that is not http or https, or leads to a host that is not allowed."""
+        parts = urlsplit(url)
+        if parts.scheme.lower() not in DEFAULT_PORTS:
+            raise ValueError(f"it leads to {url!r}, and only http and https are followed")
+        if self.allowed_hosts is not None and parts.hostname not in self.allowed_hosts:
+            raise ValueError(f"the host {parts.hostname!r} is not among the allowed ones")
+
+    def check_address(self, address: str):
+        """Raises a `ValueError` for an IP address that is not public, if private ones are not allowed."""
+        if not self.allow_private and not ipaddress.ip_address(address.partition("%")[0]).is_global:
+            raise ValueError(f"it leads to {address}, which is not a public address")
+
+
+class Copied:
+    """Counts what is copied from a source into a temporary file, and raises a `ValueError` past a limit."""
+
+    def __init__(self, limits: SourceLimits):
+        self.limits, self.deadline = limits, time.monotonic() + limits.max_seconds
+
+    def check_size(self, num_bytes: int):
+        if num_bytes > self.limits.max_bytes:
+            raise ValueError(f"it is larger than {self.limits.max_bytes:,} bytes, the limit (`max_bytes`)")
+
+    def copy(self, read: Callable[[int], bytes], file: BinaryIO):
+        """Appends what `read` gives until its end."""
+        while chunk := read(CHUNK_BYTES):
+            self.check_size(file.tell() + len(chunk))
+            file.write(chunk)
+            self.check_time()
+
+    def check_time(self):
+        if time.monotonic() > self.deadline:
+            raise ValueError(f"it took longer than {self.limits.max_seconds:g} seconds, the limit (`max_seconds`)")
+
+
+def quote_url(url: str) -> str:
+    """A URL as HTTP takes it: spaces and letters beyond ASCII are quoted, what is quoted already stays."""
+    parts = urlsplit(url)
+    netloc = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    path, query = (quote(part, safe="/%:=&?~#+!$,;'@()*[]") for part in (parts.path, parts.query))
+    return urlunsplit((parts.scheme, netloc, path, query, ""))
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to http and https alone, at their own ports or at that of the host that redirects."""
+
+    def __init__(self, limits: SourceLimits):
+        self.limits = limits
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        newurl = urljoin(req.full_url, newurl)
+        self.limits.check_url(newurl)
+        old, new = urlsplit(req.full_url), urlsplit(newurl)
+        same_place = (old.hostname, old.port) == (new.hostname, new.port)
+        if not same_place and new.port not in (None, DEFAULT_PORTS[new.scheme.lower()]):
+            raise ValueError(f"it is redirected to another port, {newurl!r}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def connection_class(base: type, limits: SourceLimits) -> type:
+    """A class of connections that sends nothing to an address that is not allowed."""
+
+    class CheckedConnection(base):
+        def connect(self):
+            super().connect()
+            try:
+                limits.check_address(self.sock.getpeername()[0])
+            except ValueError:
+                self.close()
+                raise
+
+    return CheckedConnection
+
+
+def make_opener(limits: SourceLimits) -> urllib.request.OpenerDirector:
+    """Opens http and https URLs, and nothing else."""
+
+    class Http(urllib.request.HTTPHandler):
+        def http_open(self, req):
+            return self.do_open(connection_class(http.client.HTTPConnection, limits), req)
+
+    class Https(urllib.request.HTTPSHandler):
+        def https_open(self, req):
+            return self.do_open(connection_class(http.client.HTTPSConnection, limits), req, context=self._context)
+
+    opener = urllib.request.OpenerDirector()
+    handlers = [Http(), Https(), urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor()]
+    if limits.allow_private:
+        handlers.append(urllib.request.ProxyHandler())
+    for handler in (*handlers, Redirects(limits)):
+        opener.add_handler(handler)
+    return opener
+
+
+def open_url(url: str, limits: SourceLimits, headers: dict[str, str] | None = None) -> http.client.HTTPResponse:
+    """Opens an http or https URL. Raises an `OSError`, `HTTPException` or `ValueError` if that fails."""
+    limits.check_url(url)
+    request = urllib.request.Request(quote_url(url), headers={"User-Agent": "transformers-vamba", **(headers or {})})
+    return make_opener(limits).open(request, timeout=limits.timeout)
+
+
+def is_temporary(error: Exception) -> bool:
+    """Whether a second attempt may succeed."""
+    if isinstance(error, HTTPError):
+        return error.code in TEMPORARY_STATUSES
+    if isinstance(error, URLError):
+        error = error.reason
+    return isinstance(error, (ConnectionError, TimeoutError, http.client.IncompleteRead))
+
+
+class PartialDownload:
+    """A URL's content on its way to `file`, which a further attempt goes on with where one breaks off."""
+
+    def __init__(self, url: str, file: BinaryIO, copied: Copied):
+        self.url, self.file, self.copied = url, file, copied
+        self.validator = None  # the ETag or date of what is there, so that two versions are never joined
+        self.num_missing = None
+
+    def go_on(self):
+        """
+        Appends what is missing, or begins anew if the server does not go on from there.
+
+        Raises:
+            `IncompleteRead`: when the body ends before its stated length.
+        """
+        start = self.file.tell()
+        headers = {"Range": f"bytes={start}-", "If-Range": self.validator} if start and self.validator else {}
+        with open_url(self.url, self.copied.limits, headers) as response:
+            if response.status != 206 or not (response.headers["Content-Range"] or "").startswith(f"bytes {start}-"):
+                self.file.seek(0)
+                self.file.truncate()
+            tag = response.headers["ETag"]
+            self.validator = tag if tag and not tag.startswith("W/") else response.headers["Last-Modified"]
+            self.copied.check_size(self.file.tell() + (response.length or 0))
+            try:
+                self.copied.copy(response.read1, self.file)
+            finally:
+                self.num_missing = response.length
+            if response.length:
+                raise http.client.IncompleteRead(b"", response.length)
+
+    def describe(self, error: Exception) -> str:
+        """What is wrong, for people."""
+        if self.num_missing:
+            size = self.file.tell()
+            return f"the download ended after {size:,} of {size + self.num_missing:,} bytes ({error})"
+        if isinstance(error, http.client.IncompleteRead):
+            return f"the download ended early, after {self.file.tell():,} bytes"
+        return str(error)
+
+
+@contextmanager
+def download(url: str, limits: SourceLimits) -> Iterator[BinaryIO]:
+    """
+    Brings an http or https URL to a temporary file. What breaks off is gone on with, `ATTEMPTS` times in all.
+
+    Raises:
+        `OSError`, `HTTPException`, `ValueError`: when it cannot be had whole, or is past the limits.
+    """
+    copied = Copied(limits)
+    with TemporaryFile() as file:
+        partial = PartialDownload(url, file, copied)
+        for attempt in range(ATTEMPTS):
+            try:
+                partial.go_on()
+                break
+            except (OSError, http.client.HTTPException) as error:
+                if not is_temporary(error) or attempt == ATTEMPTS - 1:
+                    raise ValueError(partial.describe(error)) from error
+                copied.check_time()
+                time.sleep(FIRST_PAUSE * 2**attempt)
+        yield file
