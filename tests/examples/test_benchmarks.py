@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 
+import cold_start
 import evaluation
 import inference
+import mixer_kernels
 import pytest
 import training
 
@@ -83,3 +85,37 @@ def test_training_on_two_processes(tmp_path):
     rows = json.loads((tmp_path / "training_2_gpus.json").read_text())["rows"]
     assert [row["gpus"] for row in rows] == [1, 2]
     assert rows[1]["scaling"] == pytest.approx(rows[0]["step_s"] / rows[1]["step_s"])
+
+
+def test_cold_start(tmp_path, capsys, monkeypatch):
+    caches = []
+
+    def run_here(arguments, folder):
+        caches.append(folder)
+        cold_start.main(arguments)
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    run_fresh = cold_start.run_fresh
+    monkeypatch.setattr(cold_start, "run_fresh", run_here)
+    options = ["--device", "cpu", "--models", "vamba,qwen2-vl", "--frames", "4", "--train-frames", "4"]
+    cold_start.main([*options, "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "cold_start.json").read_text())["rows"]
+    expected = [("vamba", "torch", "step"), ("vamba", "torch", "video"), ("qwen2-vl", None, "video")]
+    assert [(row["model"], row["scan"]) for row in rows[::2]] == [run[:2] for run in expected]
+    assert [row["process"] for row in rows] == ["first ever", "later"] * 3
+    assert len(set(caches)) == 3  # what the first process compiles, the later one of the same kind finds
+    for row, (*_, kind) in zip(rows, [run for run in expected for _ in range(2)]):
+        assert row[f"first_{kind}_s"] > 0 and row[f"second_{kind}_s"] > 0 and "note" not in row
+    assert (tmp_path / "cold_start.md").read_text() in capsys.readouterr().out
+    assert run_fresh(["--measure", "nothing"], str(tmp_path)) == {"note": "failed with exit code 2"}
+
+
+def test_mixer_kernels(tmp_path, monkeypatch):
+    """At two heads, on the CPU: errors and times of what is there."""
+    for name, value in {"NUM_HEADS": 2, "WIDTH": 128, "CONV_DIM": 384, "ROW": 514}.items():
+        monkeypatch.setattr(mixer_kernels, name, value)
+    options = ["--device", "cpu", "--tokens", "70", "--gradient-tokens", "150", "--long", "300"]
+    mixer_kernels.main([*options, "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "mixer_kernels.json").read_text())
+    assert set(results["milliseconds"]) >= {"scan, torch", "scan, torch, forward and backward", "convolution"}
+    assert max(results["errors"]["torch"]) < 1e-2 and results["long_errors"]["300"]["torch"] < 1e-2

@@ -3,12 +3,7 @@
 
 import torch
 
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # on machines without a GPU
-    triton = None
+from .triton_support import tl, triton
 
 
 NUM_SPLITS = 128  # of the tokens of a head, at most: four heads keep a large GPU busy

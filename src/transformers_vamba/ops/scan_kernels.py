@@ -20,7 +20,7 @@ from .triton_support import is_usable, shared_memory, tl, triton
 
 CHUNK = 128  # tokens from state to state
 MAX_SIZE, MAX_STATE_BYTES = 256, 2**15  # of a head or a state, that fit into a program
-# Warps per program, and steps of a loop that are loaded ahead. `examples/benchmarks/scan.py --sweep` times others.
+# Warps per program, and steps of a loop that are loaded ahead; see `examples/benchmarks/mixer_kernels.py --sweep`.
 LAUNCH = {"carry": (4, 3), "output": (4, 3), "inputs": (4, 2), "matrices": (4, 2)}
 
 
