@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.video_utils import VideoMetadata
 
-from transformers_vamba import VambaConfig, VambaForConditionalGeneration, forecast_memory
+from transformers_vamba import VambaConfig, VambaForConditionalGeneration, VambaProcessor, forecast_memory
 from transformers_vamba.cache.storage import HostStorage
 from transformers_vamba.generation import forecast as forecast_module
+from transformers_vamba.layers import vision as vision_module
 from transformers_vamba.layers.mixer import VambaMixer, Zamba2RMSNormGated
 
 
@@ -179,9 +180,8 @@ def test_peak_is_that_of_living_tensors(processor, monkeypatch, num_segments, im
     on a CUDA device counts as that here.
     """
     model, living = small_model(), LivingBytes()
-    monkeypatch.setattr(
-        "transformers_vamba.layers.vision.call_fused", lambda function, *args: living.as_one_kernel(function)(*args)
-    )
+    for name in ("quick_gelu", "rotate"):
+        monkeypatch.setattr(vision_module, name, living.as_one_kernel(getattr(vision_module, name)))
     for module, name in ((VambaMixer, "_scan"), (Zamba2RMSNormGated, "forward")):
         monkeypatch.setattr(module, name, living.as_one_kernel(getattr(module, name)))
     monkeypatch.setattr(HostStorage, "_new_block", living.as_one_kernel(HostStorage._new_block, counts=False))
@@ -249,8 +249,8 @@ def ask(monkeypatch, *arguments):
 
 def test_ask_video_says_what_would_fit(monkeypatch, capsys, video_file):
     ask(monkeypatch, video_file)
-    config = ask_video.AutoConfig.from_pretrained(ask_video.TINY_MODEL)
-    processor = ask_video.AutoProcessor.from_pretrained(ask_video.TINY_MODEL)
+    config = VambaConfig.from_pretrained(ask_video.TINY_MODEL)
+    processor = VambaProcessor.from_pretrained(ask_video.TINY_MODEL)
     whole = ask_video.forecast(config, processor, video_file)
     assert f"Forecast: {whole}." in capsys.readouterr().out
 

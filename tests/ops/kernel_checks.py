@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a scan, a convolution and a gated norm give, and their gradients, against the definitions in float64.
+What a scan, a convolution, a gated norm and the tower's functions give, and their gradients, against the definitions
+in float64.
 
 As a program it checks the Triton kernels on a CPU, with Triton's interpreter: `TRITON_INTERPRET=1` must be set before
 Triton is imported, hence a process of its own.
@@ -9,11 +10,13 @@ Triton is imported, hence a process of its own.
 import torch
 from reference_vamba import reference_scan
 from torch.nn.functional import conv1d, silu, softplus
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from transformers_vamba.ops import convolution_kernels, gated_norm, scan_kernels, triton_support
+from transformers_vamba.ops import convolution_kernels, gated_norm, scan_kernels, tower_kernels, triton_support
 from transformers_vamba.ops.convolution import convolve
 from transformers_vamba.ops.gated_norm import gated_rms_norm
 from transformers_vamba.ops.scan import scan
+from transformers_vamba.ops.tower_kernels import quick_gelu, rotate
 
 
 # Lengths of the sequences, whether the first has begun before, and heads, head size, state size and groups.
@@ -33,6 +36,7 @@ CONVOLUTIONS = [
     ([2, 3], True, 64, 3, False),
     ([5], False, 64, 1, True),
 ]
+TOWERS = [(5, 2, 16), (3, 3, 40), (30, 16, 80)]  # patches, heads, head size
 NORMS = [(20, 96, 48), (3, 64, 64), (600, 40, 40)]  # tokens, channels, channels per group
 
 
@@ -124,10 +128,23 @@ def norm_errors(num_tokens, num_channels, group_size, device="cpu", dtype=torch.
     return errors([outputs], ours, [expected], inputs)
 
 
+def tower_errors(num_patches, num_heads, head_dim, device="cpu", dtype=torch.float32) -> list[float]:
+    torch.manual_seed(0)
+    angles = torch.randn(num_patches, head_dim // 2).repeat(1, 2)
+    qkv = torch.randn(num_patches, 3, num_heads, head_dim)
+    ours, (hidden_states, reference) = draw([torch.randn(num_patches, 80), qkv], device, [dtype] * 2)
+    outputs = [quick_gelu(ours[0]), torch.stack(rotate(ours[1], angles.cos().to(device), angles.sin().to(device)), 1)]
+    query, key, value = reference.unbind(1)
+    query, key = apply_rotary_pos_emb_vision(query, key, angles.double().cos(), angles.double().sin())
+    expected = [hidden_states * torch.sigmoid(1.702 * hidden_states), torch.stack([query, key, value], dim=1)]
+    return errors(outputs, ours, expected, [hidden_states, reference])
+
+
 def main():
-    for module in (convolution_kernels, gated_norm, scan_kernels, triton_support):
+    for module in (convolution_kernels, gated_norm, scan_kernels, tower_kernels, triton_support):
         module.is_usable = lambda device: True
-    for check, cases in ((scan_errors, SCANS), (convolution_errors, CONVOLUTIONS), (norm_errors, NORMS)):
+    checks = {scan_errors: SCANS, convolution_errors: CONVOLUTIONS, norm_errors: NORMS, tower_errors: TOWERS}
+    for check, cases in checks.items():
         for case in cases:
             found = check(*case)
             print(check.__name__, case, " ".join(f"{error:.0e}" for error in found), flush=True)

@@ -8,7 +8,17 @@ import sys
 import kernel_checks
 import pytest
 import torch
-from kernel_checks import CONVOLUTIONS, NORMS, SCANS, convolution_errors, norm_errors, scan_errors, worst
+from kernel_checks import (
+    CONVOLUTIONS,
+    NORMS,
+    SCANS,
+    TOWERS,
+    convolution_errors,
+    norm_errors,
+    scan_errors,
+    tower_errors,
+    worst,
+)
 from tiny_vamba import make_block, tiny_model
 from transformers.utils import is_mamba_2_ssm_available
 
@@ -60,11 +70,18 @@ def test_scan_on_a_gpu(case, dtype, tolerance, implementation):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_convolution_and_norm_on_a_gpu(dtype, tolerance):
+def test_other_kernels_on_a_gpu(dtype, tolerance):
     for case in CONVOLUTIONS:
         assert max(convolution_errors(*case, device="cuda", dtype=dtype)) < tolerance
     for case in [*NORMS, (50, 7168, 7168)]:
         assert max(norm_errors(*case, device="cuda", dtype=dtype)) < tolerance
+    for case in TOWERS:
+        assert max(tower_errors(*case, device="cuda", dtype=dtype)) < tolerance
+
+
+@pytest.mark.parametrize("case", TOWERS, ids=str)
+def test_functions_of_the_tower_in_torch(case):
+    assert max(tower_errors(*case)) < 1e-6
 
 
 def test_a_tensor_on_the_cpu_takes_pytorch(monkeypatch):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen2-VL's vision tower, with the frames of one size as a batch of the attention instead of one call each."""
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers.activations import QuickGELUActivation
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -17,41 +17,16 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VisionTransformerPretrainedModel,
     VisionAttention,
     VisionMlp,
-    apply_rotary_pos_emb_vision,
     eager_attention_forward,
 )
-from transformers.utils import is_triton_available, logging
 
 from ..inputs.media import Medium, split_into_segments
+from ..ops.tower_kernels import quick_gelu, rotate
 from ..parallel.devices import execution_device
 from ..parallel.ranks import count_missing_runs, smallest_medium
 
 
-logger = logging.get_logger(__name__)
-
 SEGMENT_FRAMES = 64  # that go through the vision tower at once
-
-_compile = functools.cache(torch.compile)
-_cannot_compile: set[Callable] = set()
-
-
-def call_fused(function: Callable, *args):
-    """
-    Calls a function that works element by element: on a CUDA device as one kernel, where PyTorch can compile it, which
-    takes Triton and a C compiler.
-    """
-    if not args[-1].is_cuda or not is_triton_available() or function in _cannot_compile:
-        return function(*args)
-    try:
-        return _compile(function)(*args)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        logger.warning(f"`{function.__name__}` cannot be compiled, and is slower for it: {error}")
-        _cannot_compile.add(function)
-        return function(*args)
-
-
-def activate(activation: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    return activation(hidden_states)
 
 
 class VambaPatchEmbed(PatchEmbed):
@@ -65,7 +40,9 @@ class VambaPatchEmbed(PatchEmbed):
 
 class VambaVisionMlp(VisionMlp):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(call_fused(activate, self.act, self.fc1(hidden_states)))
+        hidden_states = self.fc1(hidden_states)
+        is_quick_gelu = isinstance(self.act, QuickGELUActivation)
+        return self.fc2(quick_gelu(hidden_states) if is_quick_gelu else self.act(hidden_states))
 
 
 class VambaVisionAttention(VisionAttention):
@@ -90,9 +67,9 @@ class VambaVisionAttention(VisionAttention):
         """
         if frame_length is None:
             return super().forward(hidden_states, cu_seqlens, position_embeddings, max_seqlen=max_seqlen, **kwargs)
-        query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(1)
-        query, key = call_fused(apply_rotary_pos_emb_vision, query, key, *position_embeddings)
-        query, key, value = (states.unflatten(0, (-1, frame_length)).transpose(1, 2) for states in (query, key, value))
+        qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
+        states = rotate(qkv, *position_embeddings)
+        query, key, value = (each.unflatten(0, (-1, frame_length)).transpose(1, 2) for each in states)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
