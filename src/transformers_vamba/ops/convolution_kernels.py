@@ -24,14 +24,14 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inputs, weight, bias, lengths, history, in_torch: Callable):
         inputs = inputs if inputs.stride(1) == 1 else inputs.contiguous()
-        weight, history = weight.contiguous(), None if history is None else history.contiguous()
+        weight = weight.contiguous()
+        history = inputs.new_zeros(weight.shape[1] - 1, inputs.shape[1]) if history is None else history.contiguous()
         chunks = chunk_table(tuple(lengths), BLOCK_TOKENS, inputs.device)
         num_tokens, num_channels = inputs.shape
         outputs = inputs.new_empty(num_tokens, num_channels)
         ctx.launch = (len(chunks) * triton.cdiv(num_channels, BLOCK_CHANNELS),)
         ctx.constants = {
             "HAS_BIAS": bias is not None,
-            "HAS_HISTORY": history is not None,
             "NUM_CHANNELS": num_channels,
             "NUM_TAPS": weight.shape[1],
             "BLOCK_T": BLOCK_TOKENS,
@@ -85,7 +85,6 @@ if triton is not None:
         is_row,
         first,
         channels,
-        HAS_HISTORY: tl.constexpr,
         NUM_CHANNELS: tl.constexpr,
         NUM_TAPS: tl.constexpr,
     ):
@@ -93,11 +92,9 @@ if triton is not None:
         is_channel = channels < NUM_CHANNELS
         mask = (is_row & (rows >= first))[:, None] & is_channel
         inputs = tl.load(inputs_ptr + rows[:, None] * stride + channels, mask=mask, other=0.0).to(tl.float32)
-        if HAS_HISTORY:
-            mask = (is_row & (rows < 0) & (first == 0))[:, None] & is_channel
-            history_ptr += (rows[:, None] + (NUM_TAPS - 1)) * NUM_CHANNELS + channels
-            inputs += tl.load(history_ptr, mask=mask, other=0.0).to(tl.float32)
-        return inputs
+        mask = (is_row & (rows < 0) & (first == 0))[:, None] & is_channel
+        history_ptr += (rows[:, None] + (NUM_TAPS - 1)) * NUM_CHANNELS + channels
+        return inputs + tl.load(history_ptr, mask=mask, other=0.0).to(tl.float32)
 
     @triton.jit
     def _apply(
@@ -111,7 +108,6 @@ if triton is not None:
         first,
         channels,
         HAS_BIAS: tl.constexpr,
-        HAS_HISTORY: tl.constexpr,
         NUM_CHANNELS: tl.constexpr,
         NUM_TAPS: tl.constexpr,
     ):
@@ -121,9 +117,7 @@ if triton is not None:
             outputs += tl.load(bias_ptr + channels, mask=channels < NUM_CHANNELS, other=0.0).to(tl.float32)
         for tap in tl.static_range(NUM_TAPS):
             rows = tokens + (tap - NUM_TAPS + 1)
-            inputs = _load(
-                inputs_ptr, stride, history_ptr, rows, is_token, first, channels, HAS_HISTORY, NUM_CHANNELS, NUM_TAPS
-            )
+            inputs = _load(inputs_ptr, stride, history_ptr, rows, is_token, first, channels, NUM_CHANNELS, NUM_TAPS)
             weight = tl.load(weight_ptr + channels * NUM_TAPS + tap, mask=channels < NUM_CHANNELS, other=0.0)
             outputs += inputs * weight.to(tl.float32)
         return outputs
@@ -138,7 +132,6 @@ if triton is not None:
         outputs_ptr,
         chunks_ptr,
         HAS_BIAS: tl.constexpr,
-        HAS_HISTORY: tl.constexpr,
         NUM_CHANNELS: tl.constexpr,
         NUM_TAPS: tl.constexpr,
         BLOCK_T: tl.constexpr,
@@ -162,7 +155,6 @@ if triton is not None:
             first,
             channels,
             HAS_BIAS,
-            HAS_HISTORY,
             NUM_CHANNELS,
             NUM_TAPS,
         )
@@ -182,7 +174,6 @@ if triton is not None:
         parts_ptr,
         chunks_ptr,
         HAS_BIAS: tl.constexpr,
-        HAS_HISTORY: tl.constexpr,
         NUM_CHANNELS: tl.constexpr,
         NUM_TAPS: tl.constexpr,
         BLOCK_T: tl.constexpr,
@@ -215,7 +206,6 @@ if triton is not None:
                 first,
                 channels,
                 HAS_BIAS,
-                HAS_HISTORY,
                 NUM_CHANNELS,
                 NUM_TAPS,
             )
@@ -230,9 +220,7 @@ if triton is not None:
         tl.store(parts_ptr + NUM_TAPS * NUM_CHANNELS, tl.sum(own_grad, 0), mask=is_channel)
         for tap in range(NUM_TAPS):
             rows = tokens + (tap - NUM_TAPS + 1)
-            inputs = _load(
-                inputs_ptr, stride, history_ptr, rows, is_own, first, channels, HAS_HISTORY, NUM_CHANNELS, NUM_TAPS
-            )
+            inputs = _load(inputs_ptr, stride, history_ptr, rows, is_own, first, channels, NUM_CHANNELS, NUM_TAPS)
             tl.store(parts_ptr + tap * NUM_CHANNELS, tl.sum(own_grad * inputs, 0), mask=is_channel)
         grad_inputs_ptr += tokens[:, None] * NUM_CHANNELS + channels
         tl.store(grad_inputs_ptr, grad_inputs.to(grad_inputs_ptr.dtype.element_ty), mask=is_own[:, None] & is_channel)
