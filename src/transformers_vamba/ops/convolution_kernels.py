@@ -10,7 +10,8 @@ from .chunks import chunk_table
 from .triton_support import is_usable, tl, triton
 
 
-BLOCK_TOKENS, BLOCK_CHANNELS = 32, 128  # per program
+# Tokens and channels per program.
+FORWARD_BLOCK, BACKWARD_BLOCK = (32, 128), (64, 64)
 
 
 def can_convolve(inputs: torch.Tensor) -> bool:
@@ -26,19 +27,11 @@ class Convolution(torch.autograd.Function):
         inputs = inputs if inputs.stride(1) == 1 else inputs.contiguous()
         weight = weight.contiguous()
         history = inputs.new_zeros(weight.shape[1] - 1, inputs.shape[1]) if history is None else history.contiguous()
-        chunks = chunk_table(tuple(lengths), BLOCK_TOKENS, inputs.device)
         num_tokens, num_channels = inputs.shape
         outputs = inputs.new_empty(num_tokens, num_channels)
-        ctx.launch = (len(chunks) * triton.cdiv(num_channels, BLOCK_CHANNELS),)
-        ctx.constants = {
-            "HAS_BIAS": bias is not None,
-            "NUM_CHANNELS": num_channels,
-            "NUM_TAPS": weight.shape[1],
-            "BLOCK_T": BLOCK_TOKENS,
-            "BLOCK_C": BLOCK_CHANNELS,
-        }
-        _convolve[ctx.launch](inputs, inputs.stride(0), weight, bias, history, outputs, chunks, **ctx.constants)
-        ctx.chunks, ctx.lengths, ctx.in_torch = chunks, lengths, in_torch
+        chunks, grid, constants = _launch(inputs, weight, bias, lengths, FORWARD_BLOCK)
+        _convolve[grid](inputs, inputs.stride(0), weight, bias, history, outputs, chunks, **constants)
+        ctx.lengths, ctx.in_torch = lengths, in_torch
         ctx.save_for_backward(inputs, weight, bias, history)
         return outputs
 
@@ -49,8 +42,9 @@ class Convolution(torch.autograd.Function):
         grad = grad.contiguous()
         num_channels, num_taps = weight.shape
         grad_inputs = inputs.new_empty(inputs.shape)
-        parts = inputs.new_empty(len(ctx.chunks), num_taps + 1, num_channels, dtype=torch.float32)
-        _grad_of_convolution[ctx.launch](
+        chunks, grid, constants = _launch(inputs, weight, bias, ctx.lengths, BACKWARD_BLOCK)
+        parts = inputs.new_empty(len(chunks), num_taps + 1, num_channels, dtype=torch.float32)
+        _grad_of_convolution[grid](
             inputs,
             inputs.stride(0),
             weight,
@@ -59,8 +53,8 @@ class Convolution(torch.autograd.Function):
             grad,
             grad_inputs,
             parts,
-            ctx.chunks,
-            **ctx.constants,
+            chunks,
+            **constants,
         )
         sums = parts.sum(0)
         grad_bias = None if bias is None else sums[-1].to(bias.dtype)
@@ -72,6 +66,17 @@ class Convolution(torch.autograd.Function):
                 first = ctx.in_torch(inputs[:num_first], weight, bias, [num_first], history)
             (grad_history,) = torch.autograd.grad(first, history, grad[:num_first])
         return grad_inputs, sums[:-1].T.to(weight.dtype), grad_bias, None, grad_history, None
+
+
+def _launch(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lengths: list[int], block: tuple[int, int]
+) -> tuple[torch.Tensor, tuple[int], dict]:
+    """The chunks of the sequences, the grid of programs and what is constant in a kernel."""
+    chunks = chunk_table(tuple(lengths), block[0], inputs.device)
+    num_channels, num_taps = weight.shape
+    constants = {"HAS_BIAS": bias is not None, "NUM_CHANNELS": num_channels, "NUM_TAPS": num_taps}
+    constants |= {"BLOCK_T": block[0], "BLOCK_C": block[1]}
+    return chunks, (len(chunks) * triton.cdiv(num_channels, block[1]),), constants
 
 
 if triton is not None:

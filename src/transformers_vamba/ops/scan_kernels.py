@@ -21,7 +21,7 @@ from .triton_support import is_usable, shared_memory, tl, triton
 CHUNK = 128  # tokens from state to state
 MAX_SIZE, MAX_STATE_BYTES = 256, 2**15  # of a head or a state, that fit into a program
 # Warps per program, and steps of a loop that are loaded ahead; see `examples/benchmarks/mixer_kernels.py --sweep`.
-LAUNCH = {"carry": (4, 3), "output": (4, 3), "inputs": (4, 2), "matrices": (8, 2)}
+LAUNCH = {"carry": (4, 2), "output": (4, 1), "inputs": (4, 1), "matrices": (8, 3)}
 
 
 def can_scan(device: torch.device, dtype: torch.dtype, head_dim: int, state_size: int) -> bool:
