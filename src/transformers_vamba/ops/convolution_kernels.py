@@ -10,7 +10,8 @@ from .chunks import chunk_table
 from .triton_support import is_usable, tl, triton
 
 
-BLOCK_TOKENS, BLOCK_CHANNELS = 32, 128  # per program
+# Tokens and channels per program.
+FORWARD_BLOCK, BACKWARD_BLOCK = (32, 128), (64, 64)
 
 
 def can_convolve(inputs: torch.Tensor) -> bool:
@@ -24,21 +25,13 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inputs, weight, bias, lengths, history, in_torch: Callable):
         inputs = inputs if inputs.stride(1) == 1 else inputs.contiguous()
-        weight, history = weight.contiguous(), None if history is None else history.contiguous()
-        chunks = chunk_table(tuple(lengths), BLOCK_TOKENS, inputs.device)
+        weight = weight.contiguous()
+        history = inputs.new_zeros(weight.shape[1] - 1, inputs.shape[1]) if history is None else history.contiguous()
         num_tokens, num_channels = inputs.shape
         outputs = inputs.new_empty(num_tokens, num_channels)
-        ctx.launch = (len(chunks) * triton.cdiv(num_channels, BLOCK_CHANNELS),)
-        ctx.constants = {
-            "HAS_BIAS": bias is not None,
-            "HAS_HISTORY": history is not None,
-            "NUM_CHANNELS": num_channels,
-            "NUM_TAPS": weight.shape[1],
-            "BLOCK_T": BLOCK_TOKENS,
-            "BLOCK_C": BLOCK_CHANNELS,
-        }
-        _convolve[ctx.launch](inputs, inputs.stride(0), weight, bias, history, outputs, chunks, **ctx.constants)
-        ctx.chunks, ctx.lengths, ctx.in_torch = chunks, lengths, in_torch
+        chunks, grid, constants = _launch(inputs, weight, bias, lengths, FORWARD_BLOCK)
+        _convolve[grid](inputs, inputs.stride(0), weight, bias, history, outputs, chunks, **constants)
+        ctx.lengths, ctx.in_torch = lengths, in_torch
         ctx.save_for_backward(inputs, weight, bias, history)
         return outputs
 
@@ -49,8 +42,9 @@ class Convolution(torch.autograd.Function):
         grad = grad.contiguous()
         num_channels, num_taps = weight.shape
         grad_inputs = inputs.new_empty(inputs.shape)
-        parts = inputs.new_empty(len(ctx.chunks), num_taps + 1, num_channels, dtype=torch.float32)
-        _grad_of_convolution[ctx.launch](
+        chunks, grid, constants = _launch(inputs, weight, bias, ctx.lengths, BACKWARD_BLOCK)
+        parts = inputs.new_empty(len(chunks), num_taps + 1, num_channels, dtype=torch.float32)
+        _grad_of_convolution[grid](
             inputs,
             inputs.stride(0),
             weight,
@@ -59,8 +53,8 @@ class Convolution(torch.autograd.Function):
             grad,
             grad_inputs,
             parts,
-            ctx.chunks,
-            **ctx.constants,
+            chunks,
+            **constants,
         )
         sums = parts.sum(0)
         grad_bias = None if bias is None else sums[-1].to(bias.dtype)
@@ -74,6 +68,17 @@ class Convolution(torch.autograd.Function):
         return grad_inputs, sums[:-1].T.to(weight.dtype), grad_bias, None, grad_history, None
 
 
+def _launch(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lengths: list[int], block: tuple[int, int]
+) -> tuple[torch.Tensor, tuple[int], dict]:
+    """The chunks of the sequences, the grid of programs and what is constant in a kernel."""
+    chunks = chunk_table(tuple(lengths), block[0], inputs.device)
+    num_channels, num_taps = weight.shape
+    constants = {"HAS_BIAS": bias is not None, "NUM_CHANNELS": num_channels, "NUM_TAPS": num_taps}
+    constants |= {"BLOCK_T": block[0], "BLOCK_C": block[1]}
+    return chunks, (len(chunks) * triton.cdiv(num_channels, block[1]),), constants
+
+
 if triton is not None:
 
     @triton.jit
@@ -85,7 +90,6 @@ if triton is not None:
         is_row,
         first,
         channels,
-        HAS_HISTORY: tl.constexpr,
         NUM_CHANNELS: tl.constexpr,
         NUM_TAPS: tl.constexpr,
     ):
@@ -93,11 +97,9 @@ if triton is not None:
         is_channel = channels < NUM_CHANNELS
         mask = (is_row & (rows >= first))[:, None] & is_channel
         inputs = tl.load(inputs_ptr + rows[:, None] * stride + channels, mask=mask, other=0.0).to(tl.float32)
-        if HAS_HISTORY:
-            mask = (is_row & (rows < 0) & (first == 0))[:, None] & is_channel
-            history_ptr += (rows[:, None] + (NUM_TAPS - 1)) * NUM_CHANNELS + channels
-            inputs += tl.load(history_ptr, mask=mask, other=0.0).to(tl.float32)
-        return inputs
+        mask = (is_row & (rows < 0) & (first == 0))[:, None] & is_channel
+        history_ptr += (rows[:, None] + (NUM_TAPS - 1)) * NUM_CHANNELS + channels
+        return inputs + tl.load(history_ptr, mask=mask, other=0.0).to(tl.float32)
 
     @triton.jit
     def _apply(
@@ -111,7 +113,6 @@ if triton is not None:
         first,
         channels,
         HAS_BIAS: tl.constexpr,
-        HAS_HISTORY: tl.constexpr,
         NUM_CHANNELS: tl.constexpr,
         NUM_TAPS: tl.constexpr,
     ):
@@ -121,9 +122,7 @@ if triton is not None:
             outputs += tl.load(bias_ptr + channels, mask=channels < NUM_CHANNELS, other=0.0).to(tl.float32)
         for tap in tl.static_range(NUM_TAPS):
             rows = tokens + (tap - NUM_TAPS + 1)
-            inputs = _load(
-                inputs_ptr, stride, history_ptr, rows, is_token, first, channels, HAS_HISTORY, NUM_CHANNELS, NUM_TAPS
-            )
+            inputs = _load(inputs_ptr, stride, history_ptr, rows, is_token, first, channels, NUM_CHANNELS, NUM_TAPS)
             weight = tl.load(weight_ptr + channels * NUM_TAPS + tap, mask=channels < NUM_CHANNELS, other=0.0)
             outputs += inputs * weight.to(tl.float32)
         return outputs
@@ -138,7 +137,6 @@ if triton is not None:
         outputs_ptr,
         chunks_ptr,
         HAS_BIAS: tl.constexpr,
-        HAS_HISTORY: tl.constexpr,
         NUM_CHANNELS: tl.constexpr,
         NUM_TAPS: tl.constexpr,
         BLOCK_T: tl.constexpr,
@@ -162,7 +160,6 @@ if triton is not None:
             first,
             channels,
             HAS_BIAS,
-            HAS_HISTORY,
             NUM_CHANNELS,
             NUM_TAPS,
         )
@@ -182,7 +179,6 @@ if triton is not None:
         parts_ptr,
         chunks_ptr,
         HAS_BIAS: tl.constexpr,
-        HAS_HISTORY: tl.constexpr,
         NUM_CHANNELS: tl.constexpr,
         NUM_TAPS: tl.constexpr,
         BLOCK_T: tl.constexpr,
@@ -215,7 +211,6 @@ if triton is not None:
                 first,
                 channels,
                 HAS_BIAS,
-                HAS_HISTORY,
                 NUM_CHANNELS,
                 NUM_TAPS,
             )
@@ -230,9 +225,7 @@ if triton is not None:
         tl.store(parts_ptr + NUM_TAPS * NUM_CHANNELS, tl.sum(own_grad, 0), mask=is_channel)
         for tap in range(NUM_TAPS):
             rows = tokens + (tap - NUM_TAPS + 1)
-            inputs = _load(
-                inputs_ptr, stride, history_ptr, rows, is_own, first, channels, HAS_HISTORY, NUM_CHANNELS, NUM_TAPS
-            )
+            inputs = _load(inputs_ptr, stride, history_ptr, rows, is_own, first, channels, NUM_CHANNELS, NUM_TAPS)
             tl.store(parts_ptr + tap * NUM_CHANNELS, tl.sum(own_grad * inputs, 0), mask=is_channel)
         grad_inputs_ptr += tokens[:, None] * NUM_CHANNELS + channels
         tl.store(grad_inputs_ptr, grad_inputs.to(grad_inputs_ptr.dtype.element_ty), mask=is_own[:, None] & is_channel)

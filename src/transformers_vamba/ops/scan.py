@@ -5,6 +5,7 @@ products of matrices inside a chunk of tokens, and a state in float32 that is ha
 """
 
 from collections.abc import Callable
+from importlib import import_module
 
 import torch
 from torch.nn.functional import pad, softplus
@@ -159,8 +160,8 @@ def _scan_in_mamba_ssm(
     state: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernels of `mamba-ssm`, which tune themselves at their first call and index in 32 bits."""
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
+    # An import statement would make the package a requirement of the Hub's remote code.
+    mamba_chunk_scan_combined = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     seq_idx = None
     if len(lengths) > 1:
         numbers = torch.arange(len(lengths), device=x.device, dtype=torch.int32)

@@ -21,7 +21,7 @@ from .triton_support import is_usable, shared_memory, tl, triton
 CHUNK = 128  # tokens from state to state
 MAX_SIZE, MAX_STATE_BYTES = 256, 2**15  # of a head or a state, that fit into a program
 # Warps per program, and steps of a loop that are loaded ahead; see `examples/benchmarks/mixer_kernels.py --sweep`.
-LAUNCH = {"carry": (4, 3), "output": (4, 3), "inputs": (4, 2), "matrices": (4, 2)}
+LAUNCH = {"carry": (4, 2), "output": (4, 1), "inputs": (4, 1), "matrices": (8, 3)}
 
 
 def can_scan(device: torch.device, dtype: torch.dtype, head_dim: int, state_size: int) -> bool:
@@ -244,7 +244,7 @@ class _Sizes:
         """The state before each chunk, and after the last; or, from the last to the first, their gradients."""
         (num_tokens, num_heads, head_dim), state_size = x.shape, B.shape[2]
         states = x.new_empty(self.num_chunks, num_heads, head_dim, state_size)
-        last_state = x.new_empty(num_heads, head_dim, state_size, dtype=torch.float32)
+        last_state = x.new_zeros(num_heads, head_dim, state_size, dtype=torch.float32)
         tile_p, tile_n = self.tiles
         _carry[(num_heads, triton.cdiv(head_dim, tile_p), triton.cdiv(state_size, tile_n))](
             x,
@@ -253,13 +253,13 @@ class _Sizes:
             B.stride(0),
             steps,
             decays,
+            # A program has read its tile of the first state before it writes that of the last.
             last_state if state is None else state.to(torch.float32).contiguous(),
             states,
             last_state,
             self.chunks,
             self.num_chunks,
             num_tokens,
-            HAS_STATE=state is not None,
             IS_BACKWARD=is_backward,
             TILE_P=tile_p,
             TILE_N=tile_n,
@@ -331,7 +331,6 @@ if triton is not None:
         chunks_ptr,
         num_chunks,
         num_tokens,
-        HAS_STATE: tl.constexpr,
         IS_BACKWARD: tl.constexpr,
         NUM_HEADS: tl.constexpr,
         HEADS_PER_GROUP: tl.constexpr,
@@ -357,9 +356,7 @@ if triton is not None:
         state_size = HEAD_DIM * STATE_SIZE
         offsets = head * state_size + p[:, None] * STATE_SIZE + n
         is_state = (p < HEAD_DIM)[:, None] & (n < STATE_SIZE)
-        state = tl.zeros([TILE_P, TILE_N], tl.float32)
-        if HAS_STATE:
-            state += tl.load(first_ptr + offsets, mask=is_state, other=0.0)
+        state = tl.load(first_ptr + offsets, mask=is_state, other=0.0)
         for index in range(num_chunks):
             chunk = tl.cast(num_chunks - 1 - index if IS_BACKWARD else index, tl.int64)
             start, end = _chunk_of(chunks_ptr, chunk)
