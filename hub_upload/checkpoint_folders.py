@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoint folders: what is in one, whether it is whole, and how a new one comes into being."""
 
+import itertools
 import json
 import os
 import re
@@ -289,10 +290,10 @@ def check_destination(folder: Path, overwrite: bool, command: str, *sources: Pat
     Raises where writing a folder would lose something that was not given up, or one of its own sources: that folder,
     what an interrupted run left beside it, or what another command (than `command`) has begun there.
     """
-    for source in sources:
-        if folder.resolve() == source.resolve() or folder.resolve() in source.resolve().parents:
-            raise ValueError(f"{str(folder)!r} is where {str(source)!r} is read from: write into another folder.")
     partial, replaced = partial_folder(folder), replaced_folder(folder)
+    for source, path in itertools.product(sources, (folder, partial, replaced)):
+        if not path.is_symlink() and path.resolve() in (source.resolve(), *source.resolve().parents):
+            raise ValueError(f"{str(path)!r} is where {str(source)!r} is read from: write into another folder.")
     for path in (folder, partial):
         if path.is_symlink():
             raise FileExistsError(

@@ -450,6 +450,19 @@ def test_unfinished_work_of_another_command_is_left(published, qwen2_vl, tmp_pat
     assert not (tmp_path / "result" / "unfinished.json").exists()
 
 
+@pytest.mark.parametrize("name", ("result", "result.partial", "result.replaced"))
+def test_the_source_is_not_where_the_result_goes(command, source, tmp_path, name):
+    source = source.rename(tmp_path / name)
+    checkpoint_folders.start(tmp_path / "x", "convert.py").rename(tmp_path / "record")
+    shutil.copy(tmp_path / "record" / "unfinished.json", source)
+    before = hashes(tmp_path)
+    for folder in (source, source / "within"):
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=f"{name}' is where .* is read from: write into another folder"):
+            command(folder, tmp_path / "result")
+    assert hashes(tmp_path) == before
+
+
 def test_what_a_killed_run_left_is_its_own(published, qwen2_vl, tmp_path):
     for source, command, module in ((published, run_push, push), (qwen2_vl, run_init, init_from_qwen2_vl)):
         partial = checkpoint_folders.start(tmp_path / "result", module.COMMAND)
