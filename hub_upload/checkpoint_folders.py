@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoint folders: what is in one, whether it is whole, and how a new one comes into being."""
 
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from typing import BinaryIO
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from source_files import checked_copy, find_file, read_json, read_known
+from source_files import checked_copy, find_file, keep_known, read_json, read_known
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -150,9 +151,18 @@ def check_numbers(shard: Path) -> None:
             pieces = (bytearray(file.read(min(PIECE, end - at))) for at in range(begin, end, PIECE))
             if not all(torch.frombuffer(piece, dtype=dtype).isfinite().all() for piece in pieces):
                 not_finite.append(name)
-    for fault, names in (("that are not floating point", integer), ("with NaN or infinite values", not_finite)):
+    for fault, names in (
+        ("that are not floating point of 16 bits or more", integer),
+        ("with NaN or infinite values", not_finite),
+    ):
         if names:
             raise ValueError(f"{str(shard)!r} holds {len(names)} parameters {fault} {some(names)}.")
+
+
+def notes_in(shard: Path) -> list[str]:
+    """Names of what else than tensors a safetensors file holds in its header, where anything can be written."""
+    with open(shard, "rb") as file:
+        return sorted(open_tensors(file).get("__metadata__", {}).keys() - {"format"})
 
 
 def some(names: Iterable[str]) -> str:
@@ -234,6 +244,20 @@ def write_index(shards: list[Path], folder: Path, names: dict[str, str] | None =
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
+def left_out(
+    folder: Path, known_fields: dict[str, dict], shards: list[Path], other_files: tuple[str, ...]
+) -> list[str]:
+    """Which fields of the known files and shards in a folder, and which of its other files, are not taken over."""
+    unknown = {name: [] for name in known_fields}
+    for name, known in known_fields.items():
+        if (path := find_file(folder, name)) is not None:
+            keep_known(read_json(path), known, unknown[name])
+    unknown |= {shard.name: notes_in(shard) for shard in shards}
+    lines = [f"{name}: {', '.join(map(repr, sorted(fields)))}" for name, fields in unknown.items() if fields]
+    files = {path.name for path in folder.iterdir()} - {*unknown, *other_files}
+    return lines + [repr(name) for name in sorted(files)]
+
+
 @contextmanager
 def checked_checkpoint(checkpoint: Path) -> Iterator[Path]:
     """A temporary folder with what is taken over of a checkpoint, its weights as links, for Transformers to load."""
@@ -266,10 +290,10 @@ def check_destination(folder: Path, overwrite: bool, command: str, *sources: Pat
     Raises where writing a folder would lose something that was not given up, or one of its own sources: that folder,
     what an interrupted run left beside it, or what another command (than `command`) has begun there.
     """
-    for source in sources:
-        if folder.resolve() == source.resolve() or folder.resolve() in source.resolve().parents:
-            raise ValueError(f"{str(folder)!r} is where {str(source)!r} is read from: write into another folder.")
     partial, replaced = partial_folder(folder), replaced_folder(folder)
+    for source, path in itertools.product(sources, (folder, partial, replaced)):
+        if not path.is_symlink() and path.resolve() in (source.resolve(), *source.resolve().parents):
+            raise ValueError(f"{str(path)!r} is where {str(source)!r} is read from: write into another folder.")
     for path in (folder, partial):
         if path.is_symlink():
             raise FileExistsError(

@@ -24,6 +24,7 @@ from checkpoint_folders import (
     checked_checkpoint,
     find_checkpoint,
     find_shards,
+    left_out,
     open_tensors,
     partial_folder,
     put_in_place,
@@ -33,7 +34,7 @@ from checkpoint_folders import (
     write_index,
 )
 from safetensors import SafetensorError
-from source_files import KNOWN_FIELDS, TEXT_FILES, checked_copy, left_out, read_known
+from source_files import KNOWN_FIELDS, TEXT_FILES, checked_copy, read_known
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
@@ -87,9 +88,7 @@ def convert(source: Path, destination: Path, overwrite: bool = False) -> None:
     with checked_checkpoint(source) as checked:
         check_same_logits(checked, partial)
     put_in_place(destination)
-    for line in left_out(
-        source, KNOWN_FIELDS, (*TEXT_FILES, *(shard.name for shard in shards), SAFE_WEIGHTS_INDEX_NAME)
-    ):
+    for line in left_out(source, KNOWN_FIELDS, shards, (*TEXT_FILES, SAFE_WEIGHTS_INDEX_NAME)):
         print(f"Left out: {line}")
 
 

@@ -28,16 +28,18 @@ from checkpoint_folders import (
     check_parameters,
     find_checkpoint,
     find_shards,
+    left_out,
     new_folder,
+    notes_in,
     read_config,
     read_header,
     write_index,
 )
-from convert import load_processor, save_generation_config
+from convert import load_processor, rename_parameters, save_generation_config
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: of httpx or httpx2, whichever it uses
 from huggingface_hub.utils import validate_repo_id
-from source_files import KNOWN_FIELDS, TEXT_FILES, find_file, keep_known, left_out, read_json
+from source_files import KNOWN_FIELDS, TEXT_FILES, find_file, keep_known, read_json
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from transformers_vamba import (
@@ -82,6 +84,14 @@ def copy_weights(source: Path, target: Path) -> None:
             reader.seek(0)
             writer.seek(0)
             shutil.copyfileobj(reader, writer, 2**24)
+
+
+def take_weights(source: Path, folder: Path) -> None:
+    """The same tensors in a file of the same name, without what else stands in the header."""
+    if notes_in(source):
+        rename_parameters(source, folder / source.name, {name: name for name in read_header(source)})
+    else:
+        copy_weights(source, folder / source.name)
 
 
 def is_finite_number(value) -> bool:
@@ -189,7 +199,7 @@ def write_model(checkpoint: Path, folder: Path, **card) -> None:
     num_parameters = Counter()
     shards = find_shards(checkpoint)
     for shard in shards:
-        copy_weights(shard, folder / shard.name)
+        take_weights(shard, folder)
         for dtype, shape in read_header(shard).values():
             num_parameters[dtype] += shape.numel()
     write_index(shards, folder)
@@ -227,7 +237,7 @@ def write_adapter(adapter: Path, folder: Path, base_model: str | None, **card) -
         raise FileNotFoundError(f"{str(adapter)!r} has no {ADAPTER_SAFE_WEIGHTS_NAME}.")
     read_header(adapter / ADAPTER_SAFE_WEIGHTS_NAME)
     check_numbers(adapter / ADAPTER_SAFE_WEIGHTS_NAME)
-    copy_weights(adapter / ADAPTER_SAFE_WEIGHTS_NAME, folder / ADAPTER_SAFE_WEIGHTS_NAME)
+    take_weights(adapter / ADAPTER_SAFE_WEIGHTS_NAME, folder)
     config["base_model_name_or_path"] = base_model
     (folder / ADAPTER_CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     rank = config.get("r")
@@ -242,14 +252,13 @@ def is_adapter(checkpoint: Path) -> bool:
 def not_taken(checkpoint: Path) -> list[str]:
     """What of a checkpoint or an adapter is not in its repository."""
     if is_adapter(checkpoint):
-        file = checkpoint / ADAPTER_CONFIG_NAME
-        return left_out(
-            checkpoint,
-            {ADAPTER_CONFIG_NAME: adapter_fields(read_json(file), file)},
-            (ADAPTER_SAFE_WEIGHTS_NAME, RESULTS_FILE),
-        )
-    shards = (shard.name for shard in find_shards(checkpoint))
-    return left_out(checkpoint, KNOWN_FIELDS, (*TEXT_FILES, *shards, SAFE_WEIGHTS_INDEX_NAME, RESULTS_FILE))
+        file, shards = checkpoint / ADAPTER_CONFIG_NAME, [checkpoint / ADAPTER_SAFE_WEIGHTS_NAME]
+        known_fields = {ADAPTER_CONFIG_NAME: adapter_fields(read_json(file), file)}
+        other_files = (RESULTS_FILE,)
+    else:
+        shards, known_fields = find_shards(checkpoint), KNOWN_FIELDS
+        other_files = (*TEXT_FILES, SAFE_WEIGHTS_INDEX_NAME, RESULTS_FILE)
+    return left_out(checkpoint, known_fields, shards, other_files)
 
 
 def write_repository(checkpoint: Path, folder: Path, overwrite: bool = False, **card) -> None:

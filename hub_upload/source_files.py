@@ -3,7 +3,7 @@
 What is taken over of a folder that may come from a stranger: the known fields of known files, parsed and written anew.
 
 A file is read only if it lies in the folder. Everything else in a file or a folder is left out: code that an
-`auto_map` names, local paths, tokens. `left_out` says what that is.
+`auto_map` names, local paths, tokens.
 """
 
 import dataclasses
@@ -128,18 +128,6 @@ def read_known(folder: Path, name: str) -> dict | None:
     """The known fields of one of the files in `KNOWN_FIELDS`, `None` if it is not there."""
     path = find_file(folder, name)
     return None if path is None else keep_known(read_json(path), KNOWN_FIELDS[name], [])
-
-
-def left_out(folder: Path, known_fields: dict[str, dict], other_files: tuple[str, ...]) -> list[str]:
-    """Which fields of the known files in a folder, and which of its other files, are not taken over."""
-    lines = []
-    for name, known in known_fields.items():
-        if (path := find_file(folder, name)) is not None:
-            unknown = []
-            keep_known(read_json(path), known, unknown)
-            lines += [f"{name}: {', '.join(map(repr, sorted(unknown)))}"] if unknown else []
-    files = {path.name for path in folder.iterdir()} - {*known_fields, *other_files}
-    return lines + [repr(name) for name in sorted(files)]
 
 
 @contextmanager

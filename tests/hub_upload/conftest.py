@@ -42,19 +42,16 @@ def clean_python(tmp_path_factory):
     environment = home / "environment"
     venv.create(environment)
     site_packages = next(environment.glob("lib/*/site-packages"))
-    linked = set()
+    linked = set()  # of a package in two versions the first counts, as does what describes it
     for module in (transformers, torch):  # an older Transformers stands in a folder of its own, in front
-        found = set()
         for package in Path(module.__file__).parents[1].iterdir():
             # What makes this package importable is itself or, where it is installed to be edited, a .pth file.
             if package.name.startswith("transformers_vamba") or package.suffix == ".pth":
                 continue
-            # Of two versions of a package the one in front counts, so only its metadata may be there.
-            name = package.name.split("-")[0] + ".dist-info" if package.suffix == ".dist-info" else package.name
+            name = package.name.split("-")[0] + package.suffix  # without the version
             if name not in linked:
                 (site_packages / package.name).symlink_to(package)
-                found.add(name)
-        linked |= found
+                linked.add(name)
 
     def run(code: str, **variables) -> str:
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -41,12 +41,12 @@ def edit(file: Path, **fields) -> None:
     file.write_text(json.dumps(content | fields))
 
 
-def edit_tensors(folder: Path, change) -> None:
-    """Changes the tensors of the first shard of a checkpoint."""
+def edit_tensors(folder: Path, change=lambda tensors: None, **metadata) -> None:
+    """Changes the tensors of the first shard of a checkpoint, or writes into its header."""
     shard = sorted(folder.glob("*.safetensors"))[0]
     tensors = {name: tensor.clone() for name, tensor in load_file(shard).items()}
     change(tensors)
-    save_file(tensors, shard, metadata={"format": "pt"})
+    save_file(tensors, shard, metadata={"format": "pt", **metadata})
 
 
 def run_convert(source, destination):
@@ -243,6 +243,7 @@ def add_secrets(folder: Path) -> None:
         edit(folder / "model.safetensors.index.json", metadata={"hf_token": SECRET}, hf_token=SECRET)
     (folder / "trainer_state.json").write_text(json.dumps({"hf_token": SECRET}))
     (folder / ".env").write_text(SECRET)
+    edit_tensors(folder, hf_token=SECRET)
 
 
 def test_unknown_fields_are_left_out(command, source, tmp_path):
@@ -269,6 +270,7 @@ def test_what_is_left_out_is_named(published, tmp_path, monkeypatch, capsys):
         "processor_config.json: 'hf_token', 'image_processor.hf_token'",
     ):
         assert f"Left out: {line}\n" in printed
+    assert "Left out: model-00001-of-00004.safetensors: 'hf_token'\n" in printed
     assert "Left out: '.env'\n" in printed and "Left out: 'trainer_state.json'\n" in printed
     assert SECRET not in printed
     convert.convert(source, tmp_path / "converted")
@@ -355,7 +357,9 @@ def test_numbers_that_are_none(command, source, tmp_path):
     shard.write_bytes(intact)
     for dtype in (torch.int32, torch.int8, torch.bool):
         edit_tensors(source, lambda tensors, dtype=dtype: tensors.update({name: tensors[name].to(dtype)}))
-        refused(command, source, tmp_path, f"holds 1 parameters that are not floating point .{name} ")
+        refused(
+            command, source, tmp_path, f"holds 1 parameters that are not floating point of 16 bits or more .{name} "
+        )
         shard.write_bytes(intact)
 
 
@@ -446,6 +450,19 @@ def test_unfinished_work_of_another_command_is_left(published, qwen2_vl, tmp_pat
     assert not (tmp_path / "result" / "unfinished.json").exists()
 
 
+@pytest.mark.parametrize("name", ("result", "result.partial", "result.replaced"))
+def test_the_source_is_not_where_the_result_goes(command, source, tmp_path, name):
+    source = source.rename(tmp_path / name)
+    checkpoint_folders.start(tmp_path / "x", "convert.py").rename(tmp_path / "record")
+    shutil.copy(tmp_path / "record" / "unfinished.json", source)
+    before = hashes(tmp_path)
+    for folder in (source, source / "within"):
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=f"{name}' is where .* is read from: write into another folder"):
+            command(folder, tmp_path / "result")
+    assert hashes(tmp_path) == before
+
+
 def test_what_a_killed_run_left_is_its_own(published, qwen2_vl, tmp_path):
     for source, command, module in ((published, run_push, push), (qwen2_vl, run_init, init_from_qwen2_vl)):
         partial = checkpoint_folders.start(tmp_path / "result", module.COMMAND)
@@ -531,6 +548,7 @@ def test_names_of_base_models_are_validated(adapter, tmp_path, base_model):
 
 def test_unknown_fields_of_an_adapter(adapter, tmp_path, monkeypatch, capsys):
     edit(adapter / "adapter_config.json", hf_token=SECRET, auto_mapping={"parent_library": "antigravity"})
+    edit_tensors(adapter, hf_token=SECRET)
     (adapter / "optimizer.pt").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["push.py", str(adapter), "me/lora", "--dry-run"])
@@ -538,6 +556,8 @@ def test_unknown_fields_of_an_adapter(adapter, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "Left out: adapter_config.json: 'auto_mapping', 'hf_token'\n" in printed
     assert "Left out: 'optimizer.pt'\n" in printed
+    assert "Left out: adapter_model.safetensors: 'hf_token'\n" in printed
+    assert SECRET.encode() not in (tmp_path / "lora-hub" / "adapter_model.safetensors").read_bytes()
     pushed = (tmp_path / "lora-hub" / "adapter_config.json").read_text()
     assert SECRET not in pushed and "antigravity" not in pushed
     assert {"peft_type", "r", "target_modules", "lora_alpha", "task_type"} <= json.loads(pushed).keys()
