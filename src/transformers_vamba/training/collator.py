@@ -181,22 +181,7 @@ class VambaDataCollator:
         if is_sharing:
             for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
                 inputs.pop(name, None)
-        if use_marks:
-            is_said = torch.as_tensor(inputs.pop("assistant_masks")).bool()
-        else:
-            begins, ends = inputs["offset_mapping"].unbind(-1)
-            is_said = torch.zeros_like(begins, dtype=torch.bool)
-            for begin, end in self._find_words_of_assistant(messages, learn_from):
-                is_said |= (begins < end) & (ends > begin)
-        is_said[:, 0] = False
-        if not is_said.any():
-            max_length = (self.processor_kwargs | self.processor_kwargs.get("text_kwargs", {})).get("max_length")
-            if inputs["input_ids"].shape[1] == max_length:
-                raise ValueError(
-                    f"`max_length={max_length}` cuts all off that the assistant says in it. Raise it in the "
-                    "`processor_kwargs`, or shorten the prompt."
-                )
-            raise ValueError("the assistant says nothing in it.")
+        is_said = self._mark_what_is_learned(inputs, messages, learn_from)
         inputs["labels"] = inputs["input_ids"].masked_fill(~is_said, -100)
 
         for name in ("top_k_values", "top_k_indices"):
@@ -208,6 +193,28 @@ class VambaDataCollator:
                         "stores those of other labels: `published_labels=True` makes them."
                     )
         return inputs
+
+    def _mark_what_is_learned(
+        self, inputs: dict[str, torch.Tensor], messages: list[dict[str, Any]], learn_from: int
+    ) -> torch.Tensor:
+        """The tokens of one row that are learned, bool of shape (1, tokens); takes the template's marks out."""
+        if "assistant_masks" in inputs:
+            is_said = torch.as_tensor(inputs.pop("assistant_masks")).bool()
+        else:
+            begins, ends = inputs["offset_mapping"].unbind(-1)
+            is_said = torch.zeros_like(begins, dtype=torch.bool)
+            for begin, end in self._find_words_of_assistant(messages, learn_from):
+                is_said |= (begins < end) & (ends > begin)
+        is_said[:, 0] = False
+        if is_said.any():
+            return is_said
+        max_length = (self.processor_kwargs | self.processor_kwargs.get("text_kwargs", {})).get("max_length")
+        if is_said.shape[1] == max_length:
+            raise ValueError(
+                f"`max_length={max_length}` cuts all off that the assistant says in it. Raise it in the "
+                "`processor_kwargs`, or shorten the prompt."
+            )
+        raise ValueError("the assistant says nothing in it.")
 
     def _bring_within_edges(self, image: Image.Image) -> Image.Image:
         size = dict(zip(("shortest_edge", "longest_edge"), self.image_edges))
