@@ -68,6 +68,10 @@ def test_placeholders_leave_no_token(processor):
 
 def test_every_output_is_a_model_input(processor):
     outputs = apply(processor, user(make_image(), make_video()))
+    rows = {"image_sample_ids", "video_sample_ids"}  # where they are not marked
+    assert set(outputs) == set(processor.model_input_names) - rows
+    text = "<|image_pad|><|video_pad|>"
+    outputs = processor(text=text, images=make_image(), videos=make_video(), return_tensors="pt")
     assert set(outputs) == set(processor.model_input_names)
     assert len(processor.model_input_names) == len(set(processor.model_input_names))
 

@@ -338,3 +338,7 @@ class VambaProcessor(Qwen2VLProcessor):
         if video_sizes is not None:
             vision_data["num_video_tokens"] = [0] * len(video_sizes)
         return MultiModalData(**vision_data)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return super().model_input_names + ["image_sample_ids", "video_sample_ids"]

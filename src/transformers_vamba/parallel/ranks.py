@@ -79,9 +79,11 @@ def forget_zero_gradients(
         gradients = (parameter.grad for parameter in of_media if parameter.grad is not None)
         # In a plain loop: in most steps the first one ends it.
         is_read = any(bool(getattr(gradient, "_local_tensor", gradient).any()) for gradient in gradients)
-        if any(isinstance(parameter, DTensor) for parameter in of_media):  # each process sees its part
+        meshes = (parameter.device_mesh for parameter in of_media if isinstance(parameter, DTensor))
+        if (mesh := next(meshes, None)) is not None:  # each process sees its part
             is_read = torch.tensor(is_read, dtype=torch.int32, device=outputs.device)
-            torch.distributed.all_reduce(is_read, torch.distributed.ReduceOp.MAX)
+            for dim in range(mesh.ndim):
+                torch.distributed.all_reduce(is_read, torch.distributed.ReduceOp.MAX, mesh.get_group(dim))
         for parameter in unread if is_read else [*of_media, *unread]:
             parameter.grad = None
 

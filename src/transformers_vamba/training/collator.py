@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers.image_utils import load_image
 from transformers.utils import logging
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..processing_vamba import VambaProcessor, check_modality_kwargs
 from ..video_processing_vamba import VambaVideoProcessor
@@ -168,35 +169,17 @@ class VambaDataCollator:
                 _replace_source(part, STAND_INS[part["type"]])
             elif part["type"] == "image" and self.image_edges is not None:
                 _replace_source(part, self._bring_within_edges(load_image(_source(part))))
-        has_marks = GENERATION_MARK.search(str(self.processor.chat_template)) is not None
-        use_marks = has_marks and not self.published_labels and not learn_from
         inputs = self.processor.apply_chat_template(
             messages,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            return_assistant_tokens_mask=use_marks,
             processor_kwargs={**processor_kwargs, "return_offsets_mapping": True},
         )
         if is_sharing:
             for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
                 inputs.pop(name, None)
-        if use_marks:
-            is_said = torch.as_tensor(inputs.pop("assistant_masks")).bool()
-        else:
-            begins, ends = inputs["offset_mapping"].unbind(-1)
-            is_said = torch.zeros_like(begins, dtype=torch.bool)
-            for begin, end in self._find_words_of_assistant(messages, learn_from):
-                is_said |= (begins < end) & (ends > begin)
-        is_said[:, 0] = False
-        if not is_said.any():
-            max_length = (self.processor_kwargs | self.processor_kwargs.get("text_kwargs", {})).get("max_length")
-            if inputs["input_ids"].shape[1] == max_length:
-                raise ValueError(
-                    f"`max_length={max_length}` cuts all off that the assistant says in it. Raise it in the "
-                    "`processor_kwargs`, or shorten the prompt."
-                )
-            raise ValueError("the assistant says nothing in it.")
+        is_said = self._mark_what_is_learned(inputs, messages, learn_from)
         inputs["labels"] = inputs["input_ids"].masked_fill(~is_said, -100)
 
         for name in ("top_k_values", "top_k_indices"):
@@ -209,17 +192,59 @@ class VambaDataCollator:
                     )
         return inputs
 
+    def _mark_what_is_learned(
+        self, inputs: dict[str, torch.Tensor], messages: list[dict[str, Any]], learn_from: int
+    ) -> torch.Tensor:
+        """The tokens of one row that are learned, bool of shape (1, tokens)."""
+        begins, ends = inputs["offset_mapping"].unbind(-1)
+        is_said = torch.zeros_like(begins, dtype=torch.bool)
+        has_marks = GENERATION_MARK.search(str(self.processor.chat_template)) is not None
+        if has_marks and not self.published_labels and not learn_from:
+            spans = self._find_marks(messages)
+        else:
+            spans = self._find_words_of_assistant(messages, learn_from)
+        for begin, end in spans:
+            is_said |= (begins < end) & (ends > begin)
+        is_said[:, 0] = False
+        if is_said.any():
+            return is_said
+        max_length = (self.processor_kwargs | self.processor_kwargs.get("text_kwargs", {})).get("max_length")
+        if is_said.shape[1] == max_length:
+            raise ValueError(
+                f"`max_length={max_length}` cuts all off that the assistant says in it. Raise it in the "
+                "`processor_kwargs`, or shorten the prompt."
+            )
+        raise ValueError("the assistant says nothing in it.")
+
     def _bring_within_edges(self, image: Image.Image) -> Image.Image:
         size = dict(zip(("shortest_edge", "longest_edge"), self.image_edges))
         height, width = self.processor.video_processor.get_resized_sizes(image.height, image.width, size=size)[0]
         return image.resize((width, height), Image.Resampling.BICUBIC)
 
+    def _without_placeholders(self, text: str) -> str:
+        """The text that is tokenized, of what the chat template writes."""
+        return text.replace(self.processor.image_token, "").replace(self.processor.video_token, "")
+
+    def _find_marks(self, messages: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+        """
+        Begin and end of what the chat template marks, in characters of the text that is tokenized. (In Transformers
+        5.17 the processor's own `return_assistant_tokens_mask` does not see that the placeholders are gone.)
+        """
+        template = self.processor.chat_template
+        (text,), (spans,) = render_jinja_template(
+            conversations=[messages],
+            chat_template=template["default"] if isinstance(template, dict) else template,
+            return_assistant_tokens_mask=True,
+            **self.processor.tokenizer.special_tokens_map,
+        )
+        for begin, end in spans:
+            yield len(self._without_placeholders(text[:begin])), len(self._without_placeholders(text[:end]))
+
     def _find_words_of_assistant(self, messages: list[dict[str, Any]], learn_from: int) -> Iterator[tuple[int, int]]:
         """Begin and end of what is learned of each turn, in characters of the text that is tokenized."""
 
         def render(messages, **kwargs):
-            text = self.processor.apply_chat_template(messages, **kwargs)
-            return text.replace(self.processor.image_token, "").replace(self.processor.video_token, "")
+            return self._without_placeholders(self.processor.apply_chat_template(messages, **kwargs))
 
         conversation = render(messages)
         for i, message in enumerate(messages):
