@@ -5,8 +5,6 @@ import logging
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -43,12 +41,14 @@ from .sources import (
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
 class VideoWithOptions:
-    """A video, and arguments of the video processor for it alone, as parts of a message give them."""
+    """
+    A video, and arguments of the video processor for it alone, as parts of a message give them. No dataclass:
+    Transformers makes dictionaries of those that stand in messages.
+    """
 
-    video: Any
-    options: dict
+    def __init__(self, video, options: dict):
+        self.video, self.options = video, options
 
 
 class ImageFiles(tuple):
