@@ -327,6 +327,21 @@ def test_skipping_what_a_truncated_file_lacks(video_processor, write_video, tmp_
         video_processor(path, on_damage="ignore")
 
 
+@pytest.mark.parametrize("name", ["cut.mkv", "cut.avi"])
+def test_cut_off_recordings_are_not_shortened_without_a_word(video_processor, tmp_path, caplog, name):
+    path = Path(write_file(tmp_path / name, pictures(60), "mpeg4", options={"g": "10"}))
+    video_processor(path)
+    assert not caplog.messages
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+    try:
+        video_processor(path)
+    except ValueError:
+        return
+    (message,) = caplog.messages
+    assert f"{name}': the file is truncated, " in message and "bytes are missing at its end" in message
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

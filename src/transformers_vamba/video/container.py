@@ -99,6 +99,24 @@ def check_start(start: bytes):
         raise ValueError("this is an HTML page, it is no video")
 
 
+def count_missing_bytes(file) -> int:
+    """
+    How many bytes a Matroska or AVI file lacks of what its header states, which is that of a recording that was cut
+    off. Such files have no table of frames that would tell.
+    """
+    file.seek(0)
+    start = file.read(4096)
+    at, stated = start.find(b"\x18\x53\x80\x67") + 4, 0  # Matroska's segment, and its size in 1 to 8 bytes
+    if start[:4] == b"RIFF":
+        stated = int.from_bytes(start[4:8], "little") + 8
+    elif start[:4] == b"\x1a\x45\xdf\xa3" and 4 <= at < len(start) and start[at]:
+        length = 9 - start[at].bit_length()
+        size = int.from_bytes(start[at : at + length], "big") & (1 << 7 * length) - 1
+        if size != (1 << 7 * length) - 1:  # unknown, as in a live recording
+            stated = at + length + size
+    return max(stated - file.seek(0, 2), 0)
+
+
 def has_table(container) -> bool:
     return not TABLE_FORMATS.isdisjoint(container.format.name.split(","))
 

@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from .container import count_missing_bytes
 from .decoding import decode_in_parallel
 from .download import SourceLimits
 from .frames import (
@@ -219,6 +220,13 @@ class FileFrames(Frames):
         self.source, self.file, self.stop = source, FileView(file), stop
         with errors_of(source):
             index = self.index = build_index(self.file, on_damage == "skip")
+            if num_missing := count_missing_bytes(self.file):
+                logger.warning(
+                    "%s: the file is truncated, %s bytes are missing at its end. Its %d frames are taken.",
+                    describe_source(source),
+                    f"{num_missing:,}",
+                    index.metadata.total_num_frames,
+                )
         for damage in index.damage:
             logger.warning("%s: %s", describe_source(source), damage)
         failure = None
