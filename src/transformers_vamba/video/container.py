@@ -33,7 +33,7 @@ def open_video(file, thread_count: int | None = None) -> Iterator:
         thread_count (`int`, *optional*): Threads of the decoder. As many as there are cores by default.
 
     Returns:
-        `av.container.InputContainer`: the container; `streams.best("video")` can be decoded.
+        `av.container.InputContainer`: the container; its [`video_stream`] can be decoded.
 
     Raises:
         `ValueError`: when it has no video stream.
@@ -59,10 +59,10 @@ def open_video(file, thread_count: int | None = None) -> Iterator:
             raise ValueError(f"it is no video, or its beginning is damaged or missing: {error.strerror}") from error
         raise
     with container:
-        stream = container.streams.best("video")
+        stream = video_stream(container)
         if stream is None or stream.codec_context is None:
             raise ValueError("it has no video stream of a known codec")
-        if stream.disposition & av.stream.Disposition.attached_pic:
+        if is_cover(stream):
             raise ValueError("it has no video stream, only a cover picture")
         # With PyAV's logging on, a thread that logs an error and the one that waits for it would wait for one another.
         if av.logging.get_level() is None and thread_count != 1:
@@ -70,6 +70,24 @@ def open_video(file, thread_count: int | None = None) -> Iterator:
         if thread_count is not None:
             stream.codec_context.thread_count = thread_count
         yield container
+
+
+def is_cover(stream) -> bool:
+    from av.stream import Disposition
+
+    return bool(stream.disposition & Disposition.attached_pic)
+
+
+def video_stream(container):
+    """
+    The video stream that FFmpeg takes for the best one, `None` without any. If that is a cover or a single picture,
+    such as a preview, and there is a film, that with the most frames.
+    """
+    best = container.streams.best("video")
+    if best is not None and (is_cover(best) or best.frames == 1):
+        films = [stream for stream in container.streams.video if stream.codec_context is not None]
+        best = max(films, key=lambda stream: (not is_cover(stream), stream.frames, stream is best), default=best)
+    return best
 
 
 def check_start(start: bytes):
@@ -81,6 +99,24 @@ def check_start(start: bytes):
         raise ValueError("this is an HTML page, it is no video")
 
 
+def count_missing_bytes(file) -> int:
+    """
+    How many bytes a Matroska or AVI file lacks of what its header states, which is that of a recording that was cut
+    off. Such files have no table of frames that would tell.
+    """
+    file.seek(0)
+    start = file.read(4096)
+    at, stated = start.find(b"\x18\x53\x80\x67") + 4, 0  # Matroska's segment, and its size in 1 to 8 bytes
+    if start[:4] == b"RIFF":
+        stated = int.from_bytes(start[4:8], "little") + 8
+    elif start[:4] == b"\x1a\x45\xdf\xa3" and 4 <= at < len(start) and start[at]:
+        length = 9 - start[at].bit_length()
+        size = int.from_bytes(start[at : at + length], "big") & (1 << 7 * length) - 1
+        if size != (1 << 7 * length) - 1:  # unknown, as in a live recording
+            stated = at + length + size
+    return max(stated - file.seek(0, 2), 0)
+
+
 def has_table(container) -> bool:
     return not TABLE_FORMATS.isdisjoint(container.format.name.split(","))
 
@@ -88,7 +124,7 @@ def has_table(container) -> bool:
 def demux(container) -> Iterator:
     """The packets of the video stream, and at last an empty one, which tells the decoder to give what it has."""
     drops_corrupt = has_table(container)
-    for packet in container.demux(container.streams.best("video")):
+    for packet in container.demux(video_stream(container)):
         is_last = not packet.size and packet.dts is None
         if is_last or packet.size and not (drops_corrupt and packet.is_corrupt):
             yield packet

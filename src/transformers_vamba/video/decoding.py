@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 import numpy as np
 import torch
 
-from .container import DamageError, Picture, decode_packet, demux, open_video
+from .container import DamageError, Picture, decode_packet, demux, open_video, video_stream
 from .index import NO_TIME, FrameIndex, Packets
 from .sources import FileView
 
@@ -88,7 +88,7 @@ class Decoders:
             picture = self.idle.get_nowait()
         except Empty:
             container = self.opened.enter_context(open_video(FileView(self.file), thread_count=1))
-            picture = Picture(container.streams.best("video"))
+            picture = Picture(video_stream(container))
         codec, remaining, done = picture.stream.codec_context, set(wanted), {}
         codec.flush_buffers()
         try:
@@ -185,7 +185,7 @@ def decode_plainly(
     wanted = deque((index.pts[i] if by_time else i) for i in indices.tolist() if i < num_there)
     number = 0
     with open_video(FileView(file), thread_count=1 if index.damage else None) as container:
-        stream = container.streams.best("video")
+        stream = video_stream(container)
         picture = Picture(stream)
         for packet in demux(container):
             if not wanted or stop():

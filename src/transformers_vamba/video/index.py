@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 from transformers.video_utils import VideoMetadata
 
-from .container import DamageError, decode_packet, demux, display_size, has_table, open_video
+from .container import DamageError, decode_packet, demux, display_size, has_table, open_video, video_stream
 from .sources import FileView
 
 
@@ -125,7 +125,7 @@ def probe_frames(file: FileView) -> Probe:
     """Decodes the first frames of a file."""
     frames, is_interlaced, size, reached_end = [], False, None, False
     with open_video(file, thread_count=1) as container:
-        stream = container.streams.best("video")
+        stream = video_stream(container)
         for count, packet in enumerate(demux(container)):
             for frame in decode_packet(packet):
                 size = size or display_size(frame, stream)
@@ -164,7 +164,7 @@ def scan_frames(file: FileView, skip_damage: bool) -> tuple[list[int | None], li
     times, damage, size = [], [], None
     # The frames of several threads come with the errors of later ones, which would take them along.
     with open_video(file, thread_count=1 if skip_damage else None) as container:
-        stream = container.streams.best("video")
+        stream = video_stream(container)
         for packet in demux(container):
             try:
                 for frame in decode_packet(packet):
@@ -221,7 +221,7 @@ def build_index(file: FileView, skip_damage: bool = False) -> FrameIndex:
         `ValueError`: when it has no frames, or is damaged.
     """
     with open_video(file) as container:
-        stream = container.streams.best("video")
+        stream = video_stream(container)
         stated = len(stream.index_entries) if has_table(container) else 0
         packets = read_packets(container, stream)
         rates = [stream.average_rate, stream.guessed_rate]

@@ -5,13 +5,12 @@ import logging
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 
+from .container import count_missing_bytes
 from .decoding import decode_in_parallel
 from .download import SourceLimits
 from .frames import (
@@ -43,12 +42,14 @@ from .sources import (
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
 class VideoWithOptions:
-    """A video, and arguments of the video processor for it alone, as parts of a message give them."""
+    """
+    A video, and arguments of the video processor for it alone, as parts of a message give them. No dataclass:
+    Transformers makes dictionaries of those that stand in messages.
+    """
 
-    video: Any
-    options: dict
+    def __init__(self, video, options: dict):
+        self.video, self.options = video, options
 
 
 class ImageFiles(tuple):
@@ -219,6 +220,13 @@ class FileFrames(Frames):
         self.source, self.file, self.stop = source, FileView(file), stop
         with errors_of(source):
             index = self.index = build_index(self.file, on_damage == "skip")
+            if num_missing := count_missing_bytes(self.file):
+                logger.warning(
+                    "%s: the file is truncated, %s bytes are missing at its end. Its %d frames are taken.",
+                    describe_source(source),
+                    f"{num_missing:,}",
+                    index.metadata.total_num_frames,
+                )
         for damage in index.damage:
             logger.warning("%s: %s", describe_source(source), damage)
         failure = None

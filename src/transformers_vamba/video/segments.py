@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BatchFeature
 
-from .container import Picture, decode_packet, demux, open_video
+from .container import Picture, decode_packet, demux, open_video, video_stream
 from .reading import check_video, normalize_video, open_frames, open_named_source
 from .sources import errors_of
 
@@ -110,7 +110,7 @@ def read_live(
     fps = kwargs["fps"] if kwargs["do_sample_frames"] else None
     limits = video_processor.source_limits
     with open_named_source(video, limits, live=True) as file, errors_of(video), open_video(file) as container:
-        stream = container.streams.best("video")
+        stream = video_stream(container)
         picture, transform = Picture(stream), video_processor.frame_transform(None, kwargs)
         decoded = (frame for packet in demux(container) if not stop() for frame in decode_packet(packet))
         sampled = decoded if fps is None else sample_live(decoded, stream.average_rate, fps)
