@@ -222,7 +222,7 @@ class HostStorage:
     def fork(self) -> "HostStorage":
         """A second view of the same memory: a fork that appends copies no more than the last block."""
         fork = HostStorage()
-        fork.num_tokens, fork._device, fork._blocks = self.num_tokens, self.device, list(self._blocks)
+        fork.num_tokens, fork.device, fork._blocks = self.num_tokens, self.device, list(self._blocks)
         fork._shares_last_block = True
         return fork
 
