@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import cold_start
+import decoding
 import evaluation
 import inference
 import mixer_kernels
@@ -85,6 +86,15 @@ def test_training_on_two_processes(tmp_path):
     rows = json.loads((tmp_path / "training_2_gpus.json").read_text())["rows"]
     assert [row["gpus"] for row in rows] == [1, 2]
     assert rows[1]["scaling"] == pytest.approx(rows[0]["step_s"] / rows[1]["step_s"])
+
+
+def test_decoding(tmp_path, capsys):
+    options = ["--device", "cpu", "--frames", "4", "--rows", "1,3", "--repeats", "1", "--output", str(tmp_path)]
+    decoding.main(options)
+    rows = json.loads((tmp_path / "decoding.json").read_text())["rows"]
+    assert [(row["rows"], row["step"]) for row in rows] == [(n, step) for n in (1, 3) for step in decoding.STEPS]
+    assert all(row[name] > 0 for row in rows for name in ("first_s", "further_s", "token_ms", "tokens_s"))
+    assert (tmp_path / "decoding.md").read_text() in capsys.readouterr().out
 
 
 def test_cold_start(tmp_path, capsys, monkeypatch):
