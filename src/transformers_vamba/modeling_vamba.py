@@ -57,7 +57,7 @@ from .conversion_mapping import (
 )
 from .generation.generate import VambaGenerationMixin
 from .inputs.checks import adapter_names_explained, check_no_media_expected, check_tensor, check_text
-from .inputs.media import Medium, count_tokens, group_media_by_row, split_into_segments
+from .inputs.media import Medium, count_tokens, distinct_videos, group_media_by_row, split_into_segments
 from .inputs.packing import lengths_of_samples, split_marks, starts_of_samples
 from .inputs.text import make_masks, resolve_positions
 from .layers.decoder import VambaDecoderLayer
@@ -138,9 +138,8 @@ class VambaPreTrainedModel(Qwen2VLPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
-        As [`PreTrainedModel.from_pretrained`], for checkpoints of this package and of the published research code,
-        whose parameters it renames. Unless `output_loading_info=True` or a `state_dict` is given, a checkpoint that
-        lacks parameters is an error instead of a warning and a model with random parts.
+        Like [`PreTrainedModel.from_pretrained`], also for checkpoints of the published research code. Unless
+        `output_loading_info=True` or a `state_dict` is given, a checkpoint that lacks parameters is an error.
 
         Raises:
             ValueError: naming the missing parameters.
@@ -359,9 +358,8 @@ class VambaModel(VambaPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         batch_size, sequence_length, _ = inputs_embeds.shape
-        sample_lengths = lengths_of_samples(
-            starts_of_samples(position_ids, batch_size, attention_mask, cache, use_cache)
-        )
+        starts = starts_of_samples(position_ids, batch_size, attention_mask, cache, use_cache)
+        sample_lengths = lengths_of_samples(starts)
         if sample_lengths is not None and mm_token_type_ids is not None:
             mm_token_type_ids = split_marks(mm_token_type_ids, sample_lengths)
         text_lengths = sample_lengths or [sequence_length] * batch_size
@@ -405,16 +403,8 @@ class VambaModel(VambaPreTrainedModel):
             **kwargs,
         )
         if "video_states" in kwargs and self.training and is_distributed():
-            forget_zero_gradients(outputs.last_hidden_state, self._list_parameters_of_media)
+            forget_zero_gradients(outputs.last_hidden_state, self.visual, self.language_model.layers)
         return outputs
-
-    def _list_parameters_of_media(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """The parameters that images and videos alone run through, and those that nobody reads the results of."""
-        layers = self.language_model.layers
-        of_media = [layer.alpha for layer in layers] + list(self.visual.parameters())
-        for layer in layers:
-            of_media += [*layer.cross_attn.parameters(), *layer.vision_mixer.parameters()]
-        return of_media, list(layers[-1].vision_mixer.parameters())
 
     def _choose_way(self, is_packed: bool, cache: Cache | None, use_cache: bool | None) -> tuple[bool, bool]:
         """Whether new videos go through the decoder together with the text, and whether a cache is returned."""
@@ -433,23 +423,12 @@ class VambaModel(VambaPreTrainedModel):
         self, media: list[list[Medium]], text_lengths: list[int], is_packed: bool, is_read: bool = True
     ) -> dict:
         """The videos of a batch, one after another, for a pass through the decoder together with the text."""
-        rows, lengths, videos = [], [], []
-        for row_media in media:
-            if not row_media:
-                rows.append(None)
-                continue
-            # Rows that share their media are given the same objects, and read one video.
-            if not (videos and list(map(id, row_media)) == list(map(id, videos[-1]))):
-                videos.append(row_media)
-                lengths.append(count_tokens(row_media, self.config.vision_config.spatial_merge_size))
-            rows.append(len(videos) - 1)
+        videos, rows = distinct_videos(media)
+        lengths = [count_tokens(video, self.config.vision_config.spatial_merge_size) for video in videos]
         group = self.sequence_parallel_group
         embeds = self.visual.encode_with_gradient(list(itertools.chain(*videos)))
         context = VideoContext(rows, text_lengths, is_packed, lengths=lengths, group=group, is_read=is_read)
-        return {
-            "video_states": self._hand_to_decoder(embeds),
-            "video_context": context,
-        }
+        return {"video_states": self._hand_to_decoder(embeds), "video_context": context}
 
 
 class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
@@ -560,13 +539,9 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
         >>> model = AutoModelForImageTextToText.from_pretrained(path)
         >>> processor = AutoProcessor.from_pretrained(path)
         >>> content = [{"type": "video", "path": "movie.mp4"}, {"type": "text", "text": "What happens?"}]
-        >>> inputs = processor.apply_chat_template(
-        ...     [{"role": "user", "content": content}],
-        ...     tokenize=True,
-        ...     add_generation_prompt=True,
-        ...     return_dict=True,
-        ...     return_tensors="pt",
-        ... )
+        >>> messages = [{"role": "user", "content": content}]
+        >>> options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        >>> inputs = processor.apply_chat_template(messages, tokenize=True, **options)
         >>> generated = model.generate(**inputs, max_new_tokens=64)
         >>> processor.batch_decode(generated[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         ```"""

@@ -195,6 +195,20 @@ def _split_by_row(
     return rows
 
 
+def distinct_videos(media: list[list[Medium]]) -> tuple[list[list[Medium]], list[int | None]]:
+    """
+    The media of each row, once for consecutive rows that share them (they are given the same objects), and the index
+    there of what each row reads, `None` for a row without any.
+    """
+    videos: list[list[Medium]] = []
+    rows: list[int | None] = []
+    for row_media in media:
+        if row_media and not (videos and list(map(id, row_media)) == list(map(id, videos[-1]))):
+            videos.append(row_media)
+        rows.append(len(videos) - 1 if row_media else None)
+    return videos, rows
+
+
 def split_into_segments(media: list[Medium], max_steps: int) -> Iterator[list[Medium]]:
     """
     Cuts images and videos, in order, into segments of at most `max_steps` steps of time, that is, entries of the

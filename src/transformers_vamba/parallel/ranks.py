@@ -4,8 +4,6 @@ Several processes, each with samples of its own, that exchange parameters or gra
 the same parts of the model, whether its samples have images and videos or not, or the others wait for ever.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -59,23 +57,23 @@ def zero_of_parameters(module: nn.Module) -> torch.Tensor | int:
     return sum(0 * parameter.sum() for parameter in whole if not isinstance(parameter, DTensor))
 
 
-def forget_zero_gradients(
-    outputs: torch.Tensor, list_parameters: Callable[[], tuple[list[nn.Parameter], list[nn.Parameter]]]
-) -> None:
+def forget_zero_gradients(outputs: torch.Tensor, visual: nn.Module, layers: nn.ModuleList) -> None:
     """
     After the backward pass that comes from `outputs`: takes gradients away that would be `None` in one process, and
     are zero since every process has to run the same. An optimizer would move by its momentum, and decay, what has one.
 
     Args:
         outputs (`torch.Tensor`): A result of the model.
-        list_parameters (`Callable`):
-            Gives the parameters of what runs for images and videos, and of what nobody reads the results of. If no
-            process has had any image or video, the gradients of all the former are zero.
+        visual (`nn.Module`): The vision tower. If no process has had any image or video, its gradients are zero, and
+            so are those of `alpha`, cross-attention and mixers.
+        layers (`nn.ModuleList`): The decoder layers. Nobody reads the results of the last one's mixer.
     """
 
     def forget():
         # Listed now: while they run, FSDP has other parameters in the place of its parts.
-        of_media, unread = list_parameters()
+        parts = [visual, *(part for layer in layers for part in (layer.cross_attn, layer.vision_mixer))]
+        of_media = [layer.alpha for layer in layers] + [each for part in parts for each in part.parameters()]
+        unread = list(layers[-1].vision_mixer.parameters())
         gradients = (parameter.grad for parameter in of_media if parameter.grad is not None)
         # In a plain loop: in most steps the first one ends it.
         is_read = any(bool(getattr(gradient, "_local_tensor", gradient).any()) for gradient in gradients)
