@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from synthetic_videos import FRAME_RATE, FRAME_SIZE, QUESTIONS, pack_videos, render_frames, sample_video
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import GenerationConfig, Qwen2Tokenizer, Qwen2VLImageProcessor
+from transformers import GenerationConfig, Qwen2Tokenizer, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 from transformers_vamba import VambaConfig, VambaForConditionalGeneration, VambaProcessor, VambaVideoProcessor
 
@@ -192,7 +192,7 @@ def make_pixel_values(frames: torch.Tensor, processor) -> torch.Tensor:
     video_processor = processor.video_processor
     mean = torch.tensor(video_processor.image_mean, device=frames.device).view(3, 1, 1) * 255
     std = torch.tensor(video_processor.image_std, device=frames.device).view(3, 1, 1) * 255
-    patches, *_ = video_processor.patchify((frames - mean) / std, PATCH, MERGE, 2)
+    patches, *_ = Qwen2VLVideoProcessor().patchify((frames - mean) / std, PATCH, MERGE, 2)
     return patches.flatten(0, 1)
 
 

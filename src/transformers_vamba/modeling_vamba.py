@@ -425,7 +425,7 @@ class VambaModel(VambaPreTrainedModel):
         """The videos of a batch, one after another, for a pass through the decoder together with the text."""
         videos, rows = distinct_videos(media)
         lengths = [count_tokens(video, self.config.vision_config.spatial_merge_size) for video in videos]
-        group = self.sequence_parallel_group
+        group = self.sequence_parallel_group if is_read else None
         embeds = self.visual.encode_with_gradient(list(itertools.chain(*videos)))
         context = VideoContext(rows, text_lengths, is_packed, lengths=lengths, group=group, is_read=is_read)
         return {"video_states": self._hand_to_decoder(embeds), "video_context": context}

@@ -16,7 +16,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata, make_batched_metadata
 
 from .video.download import SourceLimits
-from .video.frames import ArrayFrames, Frames
+from .video.frames import ArrayFrames, Frames, is_of
 from .video.reading import (
     FileFrames,
     VideoWithOptions,
@@ -261,7 +261,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
 
     def _read_sampled(self, video, metadata: VideoMetadata | None, kwargs: dict) -> tuple[torch.Tensor, VideoMetadata]:
         """The sampled frames of one video, resized, of shape (frames, channels, height, width), and its metadata."""
-        if isinstance(video, VideoWithOptions):
+        if is_of(video, VideoWithOptions):
             video, kwargs = video.video, self.choose_sampling({**kwargs, **replace_sampling(video.options)})
         with open_frames(video, self.source_limits, kwargs["on_damage"], kwargs["input_data_format"]) as frames:
             if frames.failure is not None:

@@ -60,8 +60,8 @@ class VambaModelTester:
         return VambaConfig(
             text_config=self.text_config,
             vision_config=self.vision_config,
-            vision_start_token_id=97,  # the training mixin's text is 1, 2, 3, ...
-            vision_end_token_id=98,
+            vision_start_token_id=1001,  # in no random text
+            vision_end_token_id=1002,
             image_token_id=5,
             video_token_id=6,
         )

@@ -328,13 +328,13 @@ def test_saving_that_fails_keeps_what_was_saved(model, tmp_path, monkeypatch):
     model.encode_video(**VIDEO, cache=cache)
     names = sorted(os.listdir(tmp_path))
 
-    def save_on_a_full_disk(tensors, path):
+    def save_on_a_full_disk(tensors, path, metadata):
         if Path(path).name == "layer-00001.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr("transformers_vamba.cache.cache.save_file", save_on_a_full_disk)
+        patch.setattr("transformers_vamba.cache.saving.save_file", save_on_a_full_disk)
         with pytest.raises(OSError, match="No space"):
             cache.save_pretrained(tmp_path)
     loaded = VambaCache.from_pretrained(tmp_path)

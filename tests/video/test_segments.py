@@ -423,7 +423,7 @@ MAX_GROWTH_OF_ASKING = 300e6
 ASK = """
 import json, sys
 from itertools import islice
-from ask_video import TINY_CHECKPOINT, answer, encode, load
+from ask_video import TINY_MODEL, answer, encode, load
 
 def memory(name):
     line = next(line for line in open("/proc/self/status") if line.startswith(name))
@@ -436,7 +436,7 @@ def growth_over(function):
     return memory("VmHWM") - before, result
 
 short, long = sys.argv[1:]
-model, processor = load(TINY_CHECKPOINT, "cpu")
+model, processor = load(TINY_MODEL, "cpu")
 ask = lambda video: answer(model, processor, encode(model, processor, video), "What came first?")
 read = lambda video, stop=None: sum(1 for _ in islice(processor.iter_video_segments(video), stop))
 read(long, 1), ask(short)

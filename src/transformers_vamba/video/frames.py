@@ -37,6 +37,15 @@ def is_frame_list(video) -> bool:
     return isinstance(video, (list, tuple)) and len(video) > 0 and all(is_frame(frame) for frame in video)
 
 
+def is_of(video, *classes: type) -> bool:
+    """
+    Whether `video` is an instance of one of the classes, by their names: as the Hub's remote code, this module is
+    loaded once for each configuration that names the code, and what one copy has made is given to another.
+    """
+    names = {each.__name__ for each in classes}
+    return any(base.__name__ in names for base in type(video).__mro__)
+
+
 class Frames:
     """
     One video as frames that can be read.

@@ -22,6 +22,7 @@ from .frames import (
     is_array,
     is_frame,
     is_frame_list,
+    is_of,
 )
 from .index import build_index, truncation_error
 from .sources import (
@@ -71,9 +72,9 @@ def normalize_video(video):
     Raises:
         `ValueError`: for anything else, and for frames of different sizes.
     """
-    if isinstance(video, (Frames, ImageFiles)):
+    if is_of(video, Frames, ImageFiles):
         return video
-    if isinstance(video, VideoWithOptions):
+    if is_of(video, VideoWithOptions):
         return VideoWithOptions(normalize_video(video.video), video.options)
     if hasattr(video, "get_frames_at"):
         encoded = getattr(video, "_hf_encoded", None)  # what `datasets` has made the decoder from
@@ -107,7 +108,7 @@ def normalize_video(video):
 
 def is_one_video(video) -> bool:
     """Whether `video` is one video rather than a list of them; a list of paths is a list of videos."""
-    return not isinstance(video, (list, tuple)) or isinstance(video, ImageFiles) or is_frame_list(video)
+    return not isinstance(video, (list, tuple)) or is_of(video, ImageFiles) or is_frame_list(video)
 
 
 def normalize_videos(videos) -> list:
@@ -139,7 +140,7 @@ def check_frame_files(videos, do_sample_frames: bool | None) -> None:
         isinstance(video, (list, tuple))
         and len(video)
         and isinstance(video[0], str)
-        and not isinstance(video, ImageFiles)  # checked before, or a folder
+        and not is_of(video, ImageFiles)  # checked before, or a folder
         for row in rows
         for video in row
     )
@@ -154,7 +155,7 @@ def flatten_videos(videos: list) -> list:
 
 def check_video(video) -> None:
     """Raises a `FileNotFoundError` for a path without a file. Opens nothing."""
-    if not isinstance(video, (Frames, ImageFiles)):
+    if not is_of(video, Frames, ImageFiles):
         check_exists(video)
 
 
@@ -182,11 +183,11 @@ def open_frames(
     """
     if on_damage not in ("raise", "skip"):
         raise ValueError(f"`on_damage` must be 'raise' or 'skip', got {on_damage!r}.")
-    if isinstance(video, ArrayFrames):
+    if is_of(video, ArrayFrames):
         yield video.in_layout(input_data_format)
-    elif isinstance(video, Frames):
+    elif is_of(video, Frames):
         yield video
-    elif isinstance(video, ImageFiles):
+    elif is_of(video, ImageFiles):
         yield ImageFrames(video, limits)
     else:
         check_exists(video)
