@@ -13,6 +13,7 @@ import peft
 import push
 import pytest
 import torch
+import transformers
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 from tiny_vamba import TINY_CHECKPOINT
@@ -38,6 +39,8 @@ def hub(monkeypatch, tmp_path):
     """A Hub of our own, which the client of this process is logged in to."""
     server = HubServer()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    # Transformers keeps a client, which notes the address when it is made.
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
     resolve = server.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", resolve)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
