@@ -1,8 +1,8 @@
 """Makes the common tests of the installed Transformers importable as the package `tests`.
 
 They are part of its source distribution. Importing this module downloads that once, into `.cache/`. If it cannot be
-had, the importing test module is skipped, and fails in CI. Modules that the common tests import and the distribution lacks
-are replaced by those in `stand_ins/`.
+had, the importing test module is skipped, and fails in CI. Modules that the common tests import and the distribution
+lacks are replaced by those in `stand_ins/`.
 """
 
 import hashlib
