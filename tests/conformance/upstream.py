@@ -6,6 +6,7 @@ lacks are replaced by those in `stand_ins/`.
 """
 
 import hashlib
+import importlib
 import os
 import re
 import shutil
@@ -87,5 +88,9 @@ CACHE.mkdir(parents=True, exist_ok=True)
 with FileLock(CACHE / "lock"):
     sys.path.insert(0, str(unpack(download(transformers.__version__))))
 name_vamba()
+# These two load Transformers anew, by its link in `src`, and leave that one in place of the one all other tests use.
+for module in ("test_configuration_common", "test_pipeline_mixin"):
+    importlib.import_module(f"tests.{module}")
+    sys.modules["transformers"] = transformers
 # Vamba decodes videos with PyAV, so it can run what asks for torchcodec.
 testing_utils.require_torchcodec = lambda test: test
