@@ -12,10 +12,13 @@ from kernel_checks import (
     CONVOLUTIONS,
     NORMS,
     SCANS,
+    TEXTS,
     TOWERS,
     convolution_errors,
+    decoding_errors,
     norm_errors,
     scan_errors,
+    text_errors,
     tower_errors,
     worst,
 )
@@ -77,11 +80,31 @@ def test_other_kernels_on_a_gpu(dtype, tolerance):
         assert max(norm_errors(*case, device="cuda", dtype=dtype)) < tolerance
     for case in TOWERS:
         assert max(tower_errors(*case, device="cuda", dtype=dtype)) < tolerance
+    for case in TEXTS:
+        assert max(text_errors(*case, device="cuda", dtype=dtype)) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_token_major", (False, True), ids=("heads first", "tokens first"))
+@pytest.mark.parametrize("is_quantized", (False, True), ids=("16 bits", "8 bits"))
+@pytest.mark.parametrize("num_tokens", (1, 63, 5000, 200_001))
+def test_decoding_on_a_gpu(num_tokens, is_quantized, is_token_major):
+    for num_heads, num_queries, head_dim in [(4, 7, 128), (4, 112, 128), (4, 245, 128), (2, 1, 16)]:
+        case = (num_heads, num_queries, num_tokens, head_dim, is_quantized, is_token_major)
+        for dtype, tolerance in ((torch.float16, 3e-3), (torch.bfloat16, 2e-2)):
+            (error,) = decoding_errors(*case, device="cuda", dtype=dtype)
+            print(f"{case}, {dtype}: relative error {error:.1e}")
+            assert error < tolerance
 
 
 @pytest.mark.parametrize("case", TOWERS, ids=str)
 def test_functions_of_the_tower_in_torch(case):
     assert max(tower_errors(*case)) < 1e-6
+
+
+@pytest.mark.parametrize("case", TEXTS, ids=str)
+def test_rotation_of_the_text_in_torch(case):
+    assert max(text_errors(*case)) < 1e-6
 
 
 def test_a_tensor_on_the_cpu_takes_pytorch(monkeypatch):

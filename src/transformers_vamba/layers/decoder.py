@@ -16,10 +16,13 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 
 from ..cache.layers import VambaVideoLayer
+from ..compat import CACHE_NAME
 from ..configuration_vamba import VambaTextConfig
 from ..inputs.checks import video_device_error, video_dtype_error
 from ..ops.flash_attention import attend_with_flash, prefers_flash
+from ..ops.flash_decoding import can_flash_decode, flash_decode
 from ..ops.quantized_attention import QuantizedStates, attend_quantized
+from ..ops.rotary import rotate_text
 from ..parallel.gradient_checkpointing import plain_checkpoint, run_in_parts
 from ..parallel.sequence import attend_across_ranks, state_of_earlier_ranks
 from .mixer import VambaVisionMixer
@@ -31,6 +34,36 @@ from .video_context import VideoContext
 # read nothing.
 VideoStates = torch.Tensor | QuantizedStates
 VideoRead = tuple[int, VideoStates | None, VideoStates | None]
+
+
+class VambaSelfAttention(Qwen2VLAttention):
+    """[`Qwen2VLAttention`], with the rotation by positions as one kernel."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Arguments and outputs as in [`Qwen2VLAttention`]."""
+        cache = kwargs.pop(CACHE_NAME, None)
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (projection(hidden_states).view(shape) for projection in projections)
+        query, key = rotate_text(query, key, *position_embeddings)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        kwargs["sliding_window"] = self.sliding_window
+        attn_output, attn_weights = attention_interface(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(attn_output.reshape(*hidden_states.shape[:2], -1)), attn_weights
 
 
 class VambaCrossAttention(Qwen2VLAttention):
@@ -93,6 +126,8 @@ class VambaCrossAttention(Qwen2VLAttention):
         if group is not None:
             return attend_across_ranks(query, keys, values, self.scaling, group).transpose(1, 2)
         if self.config._attn_implementation == "sdpa" and prefers_flash(query, keys, values):
+            if can_flash_decode(query):
+                return flash_decode(query, keys, values, self.scaling)
             return attend_with_flash(query, keys, values, self.scaling).transpose(1, 2)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -118,6 +153,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         # One kernel instead of Qwen2-VL's eight: a decoding step is made of little else than launching kernels.
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = VambaSelfAttention(config, layer_idx)
         self.cross_attn = VambaCrossAttention(config, layer_idx)
         self.alpha = nn.Parameter(torch.full((1,), 0.5))
         self.vision_mixer = VambaVisionMixer(config)

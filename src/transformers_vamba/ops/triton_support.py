@@ -40,6 +40,11 @@ def shared_memory(device: torch.device) -> int:
     return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of this device, each of which runs a program at a time, or a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
 if triton is not None:
 
     @triton.jit
