@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 What the Triton kernels give, and their gradients, against the definitions in float64: a scan, a convolution, a gated
-norm, the tower's activation, rotations, and attention of few queries.
+norm, the tower's activation, rotations, attention of few queries, and parts of a decoding step.
 
 As a program it checks the Triton kernels on a CPU, with Triton's interpreter: `TRITON_INTERPRET=1` must be set before
 Triton is imported, hence a process of its own.
@@ -19,6 +19,7 @@ from transformers_vamba.ops import (
     gated_norm,
     rotary,
     scan_kernels,
+    step_kernels,
     triton_support,
 )
 from transformers_vamba.ops.activation import quick_gelu
@@ -28,6 +29,7 @@ from transformers_vamba.ops.gated_norm import gated_rms_norm
 from transformers_vamba.ops.quantized_attention import quantize
 from transformers_vamba.ops.rotary import rotate_patches, rotate_text
 from transformers_vamba.ops.scan import scan
+from transformers_vamba.ops.step_kernels import can_fuse, gate_and_up, mix_and_norm
 
 
 # Lengths of the sequences, whether the first has begun before, and heads, head size, state size and groups.
@@ -57,6 +59,7 @@ DECODINGS = [
     (4, 7, 1000, 32, True, True),
     (2, 130, 65, 16, True, False),
 ]
+STEPS = [(1, 1, 64, 96), (3, 1, 40, 200), (2, 8, 256, 70)]  # rows, tokens, hidden size, size of the MLP
 NORMS = [(20, 96, 48), (3, 64, 64), (600, 40, 40)]  # tokens, channels, channels per group
 
 
@@ -195,26 +198,51 @@ def decoding_errors(
     return [((found.double() - expected).norm() / expected.norm()).item()]
 
 
+@torch.no_grad()
+def step_errors(num_rows, num_tokens, hidden_size, mlp_size, device="cpu", dtype=torch.float16) -> list[float]:
+    """Of the MLP's gate and up, and of what is added to the text and its norm, with the share cut off and as it is."""
+    torch.manual_seed(0)
+    residual, attention, cross = torch.randn(3, num_rows, num_tokens, hidden_size, dtype=dtype, device=device)
+    gate, up = (torch.nn.Linear(hidden_size, mlp_size, bias=False, device=device, dtype=dtype) for _ in range(2))
+    norm = torch.nn.RMSNorm(hidden_size, eps=1e-6, device=device, dtype=dtype)
+    norm.weight.normal_(1, 0.1)
+    with triton_support.recorded_launches():
+        assert can_fuse(residual, gate, up, norm)
+    gated = silu(residual.double() @ gate.weight.double().T) * (residual.double() @ up.weight.double().T)
+    pairs = [(gate_and_up(residual, gate, up), gated)]
+    for share in (0.3, -2.0, 1.5):
+        alpha = torch.tensor([share], dtype=dtype, device=device)
+        found, normed = mix_and_norm(residual, attention, cross, alpha, norm)
+        alpha = alpha.double().clamp(0, 1)
+        expected = residual.double() + alpha * attention.double() + (1 - alpha) * cross.double()
+        scale = torch.rsqrt(expected.pow(2).mean(-1, keepdim=True) + 1e-6)
+        pairs += [(found, expected), (normed, expected * scale * norm.weight.double())]
+    return [((found.double() - expected).norm() / expected.norm()).item() for found, expected in pairs]
+
+
 def tokens_first(states: torch.Tensor) -> torch.Tensor:
     """The same tensor, with all heads of a token side by side in memory."""
     return states.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def main():
-    for module in (activation, convolution_kernels, flash_decoding, gated_norm, rotary, scan_kernels, triton_support):
+    modules = (activation, convolution_kernels, flash_decoding, gated_norm, rotary, scan_kernels, step_kernels)
+    for module in (*modules, triton_support):
         module.is_usable = lambda device: True
-    checks = {
-        scan_errors: SCANS,
-        convolution_errors: CONVOLUTIONS,
-        norm_errors: NORMS,
-        tower_errors: TOWERS,
-        text_errors: TEXTS,
-    }
-    for check, cases in {**checks, decoding_errors: DECODINGS}.items():
+    checks = [
+        (scan_errors, SCANS, 1e-4),
+        (convolution_errors, CONVOLUTIONS, 1e-4),
+        (norm_errors, NORMS, 1e-4),
+        (tower_errors, TOWERS, 1e-4),
+        (text_errors, TEXTS, 1e-4),
+        (decoding_errors, DECODINGS, 2e-3),  # in float16
+        (step_errors, STEPS, 2e-3),
+    ]
+    for check, cases, tolerance in checks:
         for case in cases:
             found = check(*case)
             print(check.__name__, case, " ".join(f"{error:.0e}" for error in found), flush=True)
-            assert max(found) < (2e-3 if check is decoding_errors else 1e-4)  # in float16, and in float32
+            assert max(found) < tolerance
 
 
 if __name__ == "__main__":

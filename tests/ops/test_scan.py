@@ -12,12 +12,14 @@ from kernel_checks import (
     CONVOLUTIONS,
     NORMS,
     SCANS,
+    STEPS,
     TEXTS,
     TOWERS,
     convolution_errors,
     decoding_errors,
     norm_errors,
     scan_errors,
+    step_errors,
     text_errors,
     tower_errors,
     worst,
@@ -28,6 +30,7 @@ from transformers.utils import is_mamba_2_ssm_available
 from transformers_vamba.ops import scan as scan_module
 from transformers_vamba.ops import triton_support
 from transformers_vamba.ops.scan import IMPLEMENTATIONS, choose_implementation, scan
+from transformers_vamba.ops.step_kernels import can_fuse
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -95,6 +98,30 @@ def test_decoding_on_a_gpu(num_tokens, is_quantized, is_token_major):
             (error,) = decoding_errors(*case, device="cuda", dtype=dtype)
             print(f"{case}, {dtype}: relative error {error:.1e}")
             assert error < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*STEPS, (1, 1, 3584, 18944), (16, 1, 3584, 18944)], ids=str)
+def test_step_on_a_gpu(case):
+    for dtype, tolerance in ((torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
+        assert max(step_errors(*case, device="cuda", dtype=dtype)) < tolerance
+
+
+@pytest.mark.gpu
+def test_what_is_not_plain_is_not_fused():
+    states, plain = torch.randn(1, 1, 64, device="cuda").half(), torch.nn.Linear(64, 64, bias=False).cuda().half()
+    with torch.no_grad(), triton_support.recorded_launches():
+        assert can_fuse(states, plain)
+        assert not can_fuse(states.float(), plain)
+        assert not can_fuse(states.expand(1, 17, 64), plain)
+        assert not can_fuse(states, torch.nn.Sequential(plain))
+        assert not can_fuse(states, torch.nn.Linear(64, 64).cuda().half())  # has a bias
+        with torch.autocast("cuda", torch.float16):
+            assert not can_fuse(states, plain)
+        plain.register_forward_hook(lambda *args: None)
+        assert not can_fuse(states, plain)
+    with torch.no_grad():
+        assert not can_fuse(states, torch.nn.Linear(64, 64, bias=False).cuda().half())  # is not recorded
 
 
 @pytest.mark.parametrize("case", TOWERS, ids=str)

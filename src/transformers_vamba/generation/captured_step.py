@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from ..cache.cache import VambaCache
 from ..compat import CACHE_NAME
+from ..ops.triton_support import recorded_launches
 from ..parallel.ranks import is_distributed
 
 
@@ -177,7 +178,7 @@ class CapturedStep:
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), recorded_launches():
             # Once without recording: what is loaded or compiled for its first use cannot be part of a graph.
             self._step(twin)
             for layer in self.layers:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    Qwen2MLP,
     Qwen2VLAttention,
     Qwen2VLDecoderLayer,
     eager_attention_forward,
@@ -23,6 +24,8 @@ from ..ops.flash_attention import attend_with_flash, prefers_flash
 from ..ops.flash_decoding import can_flash_decode, flash_decode
 from ..ops.quantized_attention import QuantizedStates, attend_quantized
 from ..ops.rotary import rotate_text
+from ..ops.step_kernels import can_fuse, gate_and_up, mix_and_norm
+from ..ops.triton_support import are_launches_recorded
 from ..parallel.gradient_checkpointing import plain_checkpoint, run_in_parts
 from ..parallel.sequence import attend_across_ranks, state_of_earlier_ranks
 from .mixer import VambaVisionMixer
@@ -34,6 +37,15 @@ from .video_context import VideoContext
 # read nothing.
 VideoStates = torch.Tensor | QuantizedStates
 VideoRead = tuple[int, VideoStates | None, VideoStates | None]
+
+
+class VambaMLP(Qwen2MLP):
+    """[`Qwen2MLP`], with gate and up as one kernel in a decoding step."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.config.hidden_act == "silu" and can_fuse(hidden_states, self.gate_proj, self.up_proj):
+            return self.down_proj(gate_and_up(hidden_states, self.gate_proj, self.up_proj))
+        return super().forward(hidden_states)
 
 
 class VambaSelfAttention(Qwen2VLAttention):
@@ -126,7 +138,7 @@ class VambaCrossAttention(Qwen2VLAttention):
         if group is not None:
             return attend_across_ranks(query, keys, values, self.scaling, group).transpose(1, 2)
         if self.config._attn_implementation == "sdpa" and prefers_flash(query, keys, values):
-            if can_flash_decode(query):
+            if are_launches_recorded() and can_flash_decode(query):
                 return flash_decode(query, keys, values, self.scaling)
             return attend_with_flash(query, keys, values, self.scaling).transpose(1, 2)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -155,6 +167,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = VambaSelfAttention(config, layer_idx)
         self.cross_attn = VambaCrossAttention(config, layer_idx)
+        self.mlp = VambaMLP(config)
         self.alpha = nn.Parameter(torch.full((1,), 0.5))
         self.vision_mixer = VambaVisionMixer(config)
         self.updates_video = layer_idx < config.num_hidden_layers - 1
@@ -228,17 +241,26 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         if video_context is not None:
             reads = self._read_videos(video_states, video_context)
             cross_output = self.cross_attn(hidden_states, reads, video_context.group)
-            alpha = self.alpha.clamp(0, 1)
-            if torch.is_grad_enabled():
-                # Straight-through: the clamped value forwards, the gradient as if there were no clamp.
-                alpha = self.alpha + (alpha - self.alpha).detach()
-            if (reads_video := video_context.mark_tokens(alpha.device)) is not None:
-                alpha = torch.where(reads_video, alpha, torch.ones_like(alpha))
-            attn_output = torch.lerp(cross_output, attn_output, alpha.to(attn_output.dtype))
+            reads_video = video_context.mark_tokens(cross_output.device)
+            if reads_video is None and can_fuse(residual, self.post_attention_layernorm):
+                norm = self.post_attention_layernorm
+                hidden_states, normed = mix_and_norm(residual, attn_output, cross_output, self.alpha, norm)
+                return hidden_states + self.mlp(normed)
+            attn_output = self._mix(attn_output, cross_output, reads_video)
         hidden_states = residual + attn_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
-        residual = hidden_states
-        return residual + self.mlp(self.post_attention_layernorm(hidden_states))
+    def _mix(
+        self, attn_output: torch.Tensor, cross_output: torch.Tensor, reads_video: torch.BoolTensor | None
+    ) -> torch.Tensor:
+        """`alpha` of the self-attention and the rest of what the tokens read; all of it for tokens that read none."""
+        alpha = self.alpha.clamp(0, 1)
+        if torch.is_grad_enabled():
+            # Straight-through: the clamped value forwards, the gradient as if there were no clamp.
+            alpha = self.alpha + (alpha - self.alpha).detach()
+        if reads_video is not None:
+            alpha = torch.where(reads_video, alpha, torch.ones_like(alpha))
+        return torch.lerp(cross_output, attn_output, alpha.to(attn_output.dtype))
 
     def _read_videos(self, video_states: torch.Tensor | None, context: VideoContext) -> list[VideoRead]:
         """What the rows read, of the cache or of videos that come with them: one read per run of rows on one video."""

@@ -2,6 +2,9 @@
 """Triton, where it is installed and works."""
 
 import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers.utils import logging
@@ -15,6 +18,26 @@ except ImportError:  # on machines without a GPU
 
 
 logger = logging.get_logger(__name__)
+
+_thread = threading.local()
+
+
+@contextmanager
+def recorded_launches() -> Iterator[None]:
+    """Around what this thread records as a graph, and the run before it that compiles its kernels."""
+    _thread.is_recording = True
+    try:
+        yield
+    finally:
+        _thread.is_recording = False
+
+
+def are_launches_recorded() -> bool:
+    """
+    Whether launches are recorded for a graph. Triton takes some 20 microseconds for a launch, and PyTorch 5: small
+    kernels pay off only if they are launched once for many steps.
+    """
+    return not torch.compiler.is_compiling() and getattr(_thread, "is_recording", False)
 
 
 @functools.cache
