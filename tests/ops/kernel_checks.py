@@ -170,7 +170,8 @@ def text_errors(num_rows, num_tokens, num_heads, head_dim, device="cpu", dtype=t
     angles = torch.randn(1, num_tokens, head_dim // 2).repeat(1, 1, 2)
     tensors = [torch.randn(num_rows, num_tokens, heads, head_dim) for heads in (num_heads, 2)]
     ours, inputs = draw(tensors, device, [dtype] * 2)
-    outputs = rotate_text(*ours, angles.cos().to(ours[0]), angles.sin().to(ours[0]))
+    with triton_support.recorded_launches():
+        outputs = rotate_text(*ours, angles.cos().to(ours[0]), angles.sin().to(ours[0]))
     cos, sin = (x.to(dtype).double() for x in (angles.cos(), angles.sin()))
     return errors(outputs, ours, apply_rotary_pos_emb(*inputs, cos, sin, unsqueeze_dim=2), inputs)
 

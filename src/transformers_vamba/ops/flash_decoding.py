@@ -95,8 +95,8 @@ def flash_decode(query: torch.Tensor, keys, values, scaling: float) -> torch.Ten
 
 
 if triton is not None:
-
-    @triton.jit
+    # One compilation for videos and questions of any length.
+    @triton.jit(do_not_specialize=["num_queries", "num_tokens", "tokens_per_split"])
     def _attend_split(
         query_ptr,
         keys_ptr,
@@ -162,7 +162,7 @@ if triton is not None:
         tl.store(outputs_ptr + row[:, None] * HEAD_DIM + channels, output / total[:, None], mask=is_query[:, None])
         tl.store(log_sums_ptr + row, largest + tl.log2(total), mask=is_query)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_splits"])
     def _combine(
         partial_outputs_ptr,
         log_sums_ptr,

@@ -8,7 +8,10 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
 
-from .triton_support import is_usable, tl, triton
+from .triton_support import are_launches_recorded, is_usable, tl, triton
+
+
+FEW_TOKENS = 64  # so few are rotated by PyTorch unless a step is recorded: its launches take the host less time
 
 
 def rotate_patches(
@@ -34,7 +37,7 @@ def rotate_text(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Rotates the text's queries and keys by their positions, on a GPU in place if they take no gradient.
+    Rotates the text's queries and keys by their positions, perhaps in place if they take no gradient.
 
     Args:
         query, key (`torch.Tensor` of shape `(batch_size, sequence_length, num_heads, head_dim)`):
@@ -45,7 +48,8 @@ def rotate_text(
     Returns:
         `tuple` of two `torch.Tensor` of shape `(batch_size, sequence_length, num_heads, head_dim)`.
     """
-    if not (is_usable(query.device) and query.is_contiguous() and key.is_contiguous()):
+    is_few = query.shape[:2].numel() <= FEW_TOKENS and not are_launches_recorded()
+    if is_few or not (is_usable(query.device) and query.is_contiguous() and key.is_contiguous()):
         return apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
     cos, sin = (angles.expand(len(query), -1, -1).flatten(0, 1).contiguous() for angles in (cos, sin))
     query, key = (

@@ -91,7 +91,7 @@ def mix_and_norm(
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_tokens"])
     def _gate_and_up(
         x_ptr,
         gate_ptr,
