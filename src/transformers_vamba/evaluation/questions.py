@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -141,7 +141,7 @@ class VideoQuestionAnswering:
         self.processor.video_processor = EvaluationVideoProcessor.from_dict(video_processor)
         self.batch_size = batch_size
         self.video_cache = None if video_cache is None else Path(video_cache)
-        self.fingerprint = None if video_cache is None else _fingerprint(model, self.processor)
+        self.fingerprint = b"" if video_cache is None else _fingerprint(model, self.processor)
 
     def answer(self, prompts: Sequence[Prompt], progress: bool = False) -> list[Answer]:
         """Generates an answer to each prompt. `progress` shows a bar."""
@@ -160,9 +160,9 @@ class VideoQuestionAnswering:
             `UnreadableVideoError`: for a video that is missing or cannot be read.
         """
         folder = None if self.video_cache is None else self.video_cache / self._name(videos, settings)
-        cache = None if folder is None else self._load(folder)
-        if cache is not None:
-            return cache
+        if folder is not None and (saved := self._load(folder)) is not None:
+            return saved
+        cache: Any = None
         for video in videos:
             for segment in self._read(video, settings):
                 cache = self.model.encode_video(**segment, cache=cache)
@@ -212,17 +212,17 @@ class VideoQuestionAnswering:
         return f"{Path(videos[0]).stem}-{digest.hexdigest()[:16]}"
 
     def _by_group(self, prompts: Sequence[Prompt], run: Callable, progress: bool) -> list[Answer]:
-        groups = {}
+        groups: dict[tuple, list[int]] = {}
         for index, prompt in enumerate(prompts):
             groups.setdefault(prompt.group, []).append(index)
-        answers = [None] * len(prompts)
+        answers: dict[int, Answer] = {}
         with tqdm(total=len(prompts), desc="questions", disable=not progress) as bar:
             for indices in groups.values():
                 group_answers = self._answer_group([prompts[index] for index in indices], run)
                 for index, answer in zip(indices, group_answers, strict=True):
                     answers[index] = answer
                     bar.update()
-        return answers
+        return [answers[index] for index in range(len(prompts))]
 
     def _answer_group(self, prompts: list[Prompt], run: Callable) -> list[Answer]:
         cache = None

@@ -127,11 +127,13 @@ def _scan_in_torch(
     added = weighted.transpose(-1, -2).flatten(2, 3) @ B
     added = added.unflatten(2, (heads_per_group, -1)).flatten(1, 2)
     states, decays, chunk = [], last[..., None].exp(), 0
+    empty = torch.zeros_like(added[0])
+    running = empty if state is None else state.to(dtype)
     for index, length in enumerate(lengths):
-        state = torch.zeros_like(added[0]) if index > 0 or state is None else state.to(dtype)
+        running = empty if index > 0 else running
         for _ in range(-(-length // size)):
-            states.append(state)
-            state = state * decays[chunk] + added[chunk]
+            states.append(running)
+            running = running * decays[chunk] + added[chunk]
             chunk += 1
 
     within = (total[..., :, None] - total[..., None, :]).masked_fill_(
@@ -145,7 +147,7 @@ def _scan_in_torch(
     if len(y) > len(skip):
         chunks_of_each = y.split([-(-length // size) * size for length in lengths])
         y = torch.cat([piece[:length] for piece, length in zip(chunks_of_each, lengths)])
-    return (y + skip).to(input_dtype), state
+    return (y + skip).to(input_dtype), running
 
 
 def _scan_in_mamba_ssm(

@@ -11,6 +11,8 @@ No exponent is positive. States are carried from chunk to chunk in float32 by on
 and kept per chunk in the dtype of `x`, which is the dtype of the matrix products.
 """
 
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -214,7 +216,7 @@ class _Sizes:
         # The state of a head is carried in tiles, so that there are enough programs.
         self.tiles = min(tile_p, 64), min(tile_n, 64)
         self.of_heads = {"NUM_HEADS": num_heads, "CHUNK": CHUNK}
-        self.of_states = self.of_heads | {
+        self.of_states: dict[str, Any] = self.of_heads | {
             "HEADS_PER_GROUP": heads_per_group,
             "HEAD_DIM": head_dim,
             "STATE_SIZE": state_size,

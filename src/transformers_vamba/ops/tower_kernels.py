@@ -72,7 +72,8 @@ class _Rotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         grad = grad.clone(memory_format=torch.contiguous_format)
-        _launch_rotate(grad, *ctx.saved_tensors, -1.0)
+        cos, sin = ctx.saved_tensors
+        _launch_rotate(grad, cos, sin, -1.0)
         return grad, None, None
 
 

@@ -26,14 +26,14 @@ def run_in_parts(function: Callable, *args):
     return function(*args)
 
 
-def resolve_checkpointing(gradient_checkpointing_func: Callable, every_n_layers: int) -> tuple[Callable, int]:
+def resolve_checkpointing(gradient_checkpointing_func: Callable, every_n_layers: int) -> tuple[partial, int]:
     """
     What Transformers' `gradient_checkpointing_enable` has made of its arguments, with two differences: its
     `gradient_checkpointing_kwargs` may hold `layers_per_checkpoint` and `offload` as well, as those of a `Trainer` do,
     and `offload=True` copies beside the computation.
 
     Returns:
-        `tuple[Callable, int]`: The checkpointing function, and the number of layers for which one input is kept.
+        `tuple[partial, int]`: The checkpointing function, and the number of layers for which one input is kept.
 
     Raises:
         ValueError: for a `layers_per_checkpoint` that is no positive integer, or what cannot be combined.
@@ -134,10 +134,9 @@ class HostCopy:
 
     def read(self) -> torch.Tensor:
         """The whole storage, back on its device; and begins to bring the copy that is read next."""
-        self._bring()
+        flat = self._bring()
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_event(self._is_back)
-        flat = self._on_device
         self.num_readers -= 1
         if self.num_readers <= 0:
             self._on_device = None
@@ -145,14 +144,15 @@ class HostCopy:
             previous._bring()
         return flat
 
-    def _bring(self) -> None:
+    def _bring(self) -> torch.Tensor:
         if self._on_device is not None:
-            return
+            return self._on_device
         num_elements = sum(len(piece) for piece in self._pieces)
         flat = self._on_device = torch.empty(num_elements, dtype=self._dtype, device=self._device)
         self._copy(zip(flat.split(self._PIECE_BYTES // self._dtype.itemsize), self._pieces), flat)
         if self._stream is not None:
             self._is_back = self._stream.record_event()
+        return flat
 
     def _copy(self, pieces, on_device: torch.Tensor) -> None:
         """Copies sources into targets, on a CUDA device in the order of the stream for copies."""

@@ -4,6 +4,8 @@ Several processes, each with samples of its own, that exchange parameters or gra
 the same parts of the model, whether its samples have images and videos or not, or the others wait for ever.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -57,7 +59,7 @@ def zero_of_parameters(module: nn.Module) -> torch.Tensor | int:
     return sum(0 * parameter.sum() for parameter in whole if not isinstance(parameter, DTensor))
 
 
-def forget_zero_gradients(outputs: torch.Tensor, visual: nn.Module, layers: nn.ModuleList) -> None:
+def forget_zero_gradients(outputs: torch.Tensor, visual: nn.Module, layers: Any) -> None:
     """
     After the backward pass that comes from `outputs`: takes gradients away that would be `None` in one process, and
     are zero since every process has to run the same. An optimizer would move by its momentum, and decay, what has one.

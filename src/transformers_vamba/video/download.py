@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryFile
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
@@ -105,7 +105,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def connection_class(base: type, limits: SourceLimits) -> type:
+def connection_class(base: Any, limits: SourceLimits) -> Any:
     """A class of connections that sends nothing to an address that is not allowed."""
 
     class CheckedConnection(base):
@@ -129,7 +129,8 @@ def make_opener(limits: SourceLimits) -> urllib.request.OpenerDirector:
 
     class Https(urllib.request.HTTPSHandler):
         def https_open(self, req):
-            return self.do_open(connection_class(http.client.HTTPSConnection, limits), req, context=self._context)
+            connection = connection_class(http.client.HTTPSConnection, limits)
+            return self.do_open(connection, req, context=self._context)  # type: ignore[attr-defined]
 
     opener = urllib.request.OpenerDirector()
     handlers = [Http(), Https(), urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor()]
@@ -161,8 +162,8 @@ class PartialDownload:
 
     def __init__(self, url: str, file: BinaryIO, copied: Copied):
         self.url, self.file, self.copied = url, file, copied
-        self.validator = None  # the ETag or date of what is there, so that two versions are never joined
-        self.num_missing = None
+        self.validator: str | None = None  # the ETag or date of what is there, so that two versions are never joined
+        self.num_missing: int | None = None
 
     def go_on(self):
         """
@@ -172,7 +173,9 @@ class PartialDownload:
             `IncompleteRead`: when the body ends before its stated length.
         """
         start = self.file.tell()
-        headers = {"Range": f"bytes={start}-", "If-Range": self.validator} if start and self.validator else {}
+        headers = {}
+        if start and self.validator:
+            headers = {"Range": f"bytes={start}-", "If-Range": self.validator}
         with open_url(self.url, self.copied.limits, headers) as response:
             if response.status != 206 or not (response.headers["Content-Range"] or "").startswith(f"bytes {start}-"):
                 self.file.seek(0)
