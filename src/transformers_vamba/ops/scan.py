@@ -12,6 +12,7 @@ from torch.nn.functional import pad, softplus
 from transformers.utils import is_mamba_2_ssm_available
 
 from .scan_kernels import can_scan, scan_in_triton
+from .state import ScanInputs
 
 
 CHUNK_SIZE = 64  # tokens per chunk of the PyTorch scan, whose work inside a chunk grows with it
@@ -52,7 +53,7 @@ def scan(
     name = choose_implementation(x.device, x.dtype, x.shape[-1], B.shape[-1], implementation)
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        return IMPLEMENTATIONS[name][1](x, dt, A, B, C, D, dt_bias, lengths, state)
+        return IMPLEMENTATIONS[name][1](ScanInputs(x, dt, A, B, C, D, dt_bias, lengths, state))
 
 
 def choose_implementation(
@@ -94,18 +95,9 @@ def max_tokens(implementation: str, num_heads: int, head_dim: int, state_size: i
     return max(1, limit // numbers_per_token // 256) * 256
 
 
-def _scan_in_torch(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    dt_bias: torch.Tensor,
-    lengths: list[int],
-    state: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _scan_in_torch(inputs: ScanInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """In float32 at least, on any device."""
+    x, dt, A, B, C, D, dt_bias, lengths, state = inputs
     input_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     num_groups, heads_per_group = B.shape[1], x.shape[1] // B.shape[1]
     size = min(CHUNK_SIZE, max(lengths))
@@ -150,18 +142,9 @@ def _scan_in_torch(
     return (y + skip).to(input_dtype), running
 
 
-def _scan_in_mamba_ssm(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    dt_bias: torch.Tensor,
-    lengths: list[int],
-    state: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _scan_in_mamba_ssm(inputs: ScanInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernels of `mamba-ssm`, which tune themselves at their first call and index in 32 bits."""
+    x, dt, A, B, C, D, dt_bias, lengths, state = inputs
     # An import statement would make the package a requirement of the Hub's remote code.
     mamba_chunk_scan_combined = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     seq_idx = None
