@@ -176,7 +176,8 @@ class CapturedStep:
         """The replay of a graph of `_step`."""
         twin = copy.copy(cache)
         twin.layers, twin.step_plan = self.layers, None
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        device = self.input_ids.device  # which need not be the current one
+        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):

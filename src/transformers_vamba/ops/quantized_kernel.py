@@ -3,7 +3,7 @@
 
 import torch
 
-from .triton_support import tl, triton
+from .triton_support import device_of, tl, triton
 
 
 NUM_SPLITS = 128  # of the tokens of a head, at most: four heads keep a large GPU busy
@@ -43,26 +43,27 @@ def attend(query: torch.Tensor, keys, values, scaling: float) -> torch.Tensor:
     outputs = query.new_empty(num_splits, num_heads, num_queries, head_dim, dtype=torch.float32)
     log_sums = query.new_empty(num_splits, num_heads, num_queries, dtype=torch.float32)
     block_queries = min(max(16, triton.next_power_of_2(num_queries)), MAX_QUERIES_AT_ONCE)
-    _attend_split[(num_splits, num_heads, triton.cdiv(num_queries, block_queries))](
-        query.contiguous(),
-        keys.codes,
-        keys.scales,
-        values.codes,
-        values.scales,
-        outputs,
-        log_sums,
-        num_queries,
-        num_tokens,
-        tokens_per_split,
-        *keys.codes.stride()[1:3],
-        *keys.scales.stride()[1:3],
-        *values.codes.stride()[1:3],
-        *values.scales.stride()[1:3],
-        SCALING=scaling,
-        HEAD_DIM=head_dim,
-        BLOCK_QUERIES=block_queries,
-        BLOCK_TOKENS=block_tokens,
-    )
+    with device_of(query):
+        _attend_split[(num_splits, num_heads, triton.cdiv(num_queries, block_queries))](
+            query.contiguous(),
+            keys.codes,
+            keys.scales,
+            values.codes,
+            values.scales,
+            outputs,
+            log_sums,
+            num_queries,
+            num_tokens,
+            tokens_per_split,
+            *keys.codes.stride()[1:3],
+            *keys.scales.stride()[1:3],
+            *values.codes.stride()[1:3],
+            *values.scales.stride()[1:3],
+            SCALING=scaling,
+            HEAD_DIM=head_dim,
+            BLOCK_QUERIES=block_queries,
+            BLOCK_TOKENS=block_tokens,
+        )
     weights = log_sums.softmax(dim=0)[..., None]
     return (weights * outputs).sum(dim=0).transpose(0, 1)[None]
 

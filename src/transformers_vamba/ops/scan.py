@@ -13,6 +13,7 @@ from transformers.utils import is_mamba_2_ssm_available
 
 from .scan_kernels import can_scan, scan_in_triton
 from .state import ScanInputs
+from .triton_support import device_of
 
 
 CHUNK_SIZE = 64  # tokens per chunk of the PyTorch scan, whose work inside a chunk grows with it
@@ -51,8 +52,7 @@ def scan(
         token, in float32 (in float64, if `x` is).
     """
     name = choose_implementation(x.device, x.dtype, x.shape[-1], B.shape[-1], implementation)
-    # Triton launches on the current device, which need not be that of the tensors.
-    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+    with torch.autocast(x.device.type, enabled=False), device_of(x):
         return IMPLEMENTATIONS[name][1](ScanInputs(x, dt, A, B, C, D, dt_bias, lengths, state))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from .triton_support import is_usable, tl, triton
+from .triton_support import device_of, is_usable, tl, triton
 
 
 BLOCK = 1024
@@ -18,7 +18,8 @@ def quick_gelu(hidden_states: torch.Tensor) -> torch.Tensor:
     """`x * sigmoid(1.702 * x)`, of any shape and floating dtype."""
     if not is_usable(hidden_states.device):
         return hidden_states * torch.sigmoid(1.702 * hidden_states)
-    return _QuickGelu.apply(hidden_states.contiguous())
+    with device_of(hidden_states):
+        return _QuickGelu.apply(hidden_states.contiguous())
 
 
 def rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -33,7 +34,8 @@ def rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[tor
         `tuple` of three `torch.Tensor` of shape `(num_patches, num_heads, head_dim)`, in the dtype of `qkv`.
     """
     if is_usable(qkv.device) and qkv.is_contiguous():
-        return _Rotate.apply(qkv, cos.float().contiguous(), sin.float().contiguous()).unbind(1)
+        with device_of(qkv):
+            return _Rotate.apply(qkv, cos.float().contiguous(), sin.float().contiguous()).unbind(1)
     query, key, value = qkv.unbind(1)
     return *apply_rotary_pos_emb_vision(query, key, cos, sin), value
 
