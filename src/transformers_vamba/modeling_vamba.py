@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -67,7 +66,7 @@ from .layers.mixer import VambaMixer
 from .layers.video_context import VideoContext
 from .layers.vision import SEGMENT_FRAMES, VambaVisionModel
 from .parallel.devices import execution_device
-from .parallel.gradient_checkpointing import resolve_checkpointing
+from .parallel.gradient_checkpointing import CheckpointingMixin
 from .parallel.ranks import (
     copy_parameters,
     forget_zero_gradients,
@@ -82,29 +81,10 @@ from .parallel.sequence import check_no_dropout, check_stretches
 logger = logging.get_logger(__name__)
 
 
-class VambaPreTrainedModel(Qwen2VLPreTrainedModel):
+class VambaPreTrainedModel(CheckpointingMixin, Qwen2VLPreTrainedModel):
     config: VambaConfig
     _no_split_modules = ["VambaDecoderLayer", "Qwen2VLVisionBlock"]
     _skip_keys_device_placement = list(CACHE_NAMES)
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """As of Transformers, which warns of this name since 5.24. PEFT and TRL still ask by it."""
-        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
-
-    def _set_gradient_checkpointing(
-        self,
-        enable: bool = True,
-        gradient_checkpointing_func: Callable = torch_checkpoint,
-        every_n_layers: int = 1,
-    ):
-        checkpoint, layers_per_checkpoint = resolve_checkpointing(gradient_checkpointing_func, every_n_layers)
-        super()._set_gradient_checkpointing(enable, checkpoint, every_n_layers)
-        for module in self.modules():
-            if isinstance(module, VambaTextModel):
-                module.layers_per_checkpoint = layers_per_checkpoint if enable else 1
-            elif isinstance(module, VambaDecoderLayer):
-                module.checkpoint_in_parts(checkpoint if enable else None, layers_per_checkpoint)
 
     def set_sequence_parallel_group(self, group: ProcessGroup | None) -> None:
         """

@@ -77,8 +77,9 @@ def forget_zero_gradients(outputs: torch.Tensor, visual: nn.Module, layers: Any)
         of_media = [layer.alpha for layer in layers] + [each for part in parts for each in part.parameters()]
         unread = list(layers[-1].vision_mixer.parameters())
         gradients = (parameter.grad for parameter in of_media if parameter.grad is not None)
+        own_parts = (grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients)
         # In a plain loop: in most steps the first one ends it.
-        is_read = any(bool(getattr(gradient, "_local_tensor", gradient).any()) for gradient in gradients)
+        is_read = any(bool(part.any()) for part in own_parts)
         meshes = (parameter.device_mesh for parameter in of_media if isinstance(parameter, DTensor))
         if (mesh := next(meshes, None)) is not None:  # each process sees its part
             is_read = torch.tensor(is_read, dtype=torch.int32, device=outputs.device)

@@ -41,7 +41,7 @@ class VambaTrainerMixin:
         model = self.accelerator.unwrap_model(self.model)
         write_model_card(
             self.args.output_dir,
-            model.config._name_or_path,
+            model.config.name_or_path,
             is_adapter=hasattr(model, "peft_config"),
             tags=[tags] if isinstance(tags, str) else tags or (),
             path=self.args.hub_model_id,
