@@ -196,9 +196,9 @@ class VambaCache(Cache):
         """Raises a `ValueError` unless the videos are kept in the way that is asked for, if one is."""
         if asked is not None and asked != self.video_cache_implementation:
             raise ValueError(
-                f"`video_cache_implementation` is {asked!r}, but the cache given as `cache` keeps its "
-                f"videos {self.video_cache_implementation!r}. Leave it out, or make the cache with "
-                f"`VambaCache(model.config, video_cache_implementation={asked!r})`."
+                f"`video_cache_implementation` is {asked!r}, but the cache that was given keeps its videos "
+                f"{self.video_cache_implementation!r}. Leave the argument out, or encode the videos into a cache of "
+                f"their own: `model.encode_video(..., video_cache_implementation={asked!r})`."
             )
 
     def check_fits(self, config: PreTrainedConfig) -> None:

@@ -218,7 +218,7 @@ def borrow_step(model: PreTrainedModel, cache: VambaCache, length: int, batch_si
 
 
 def _addresses(model: PreTrainedModel, cache: VambaCache) -> tuple:
-    """What a graph has noted of the world outside it, and must find again."""
+    """What a graph has noted of the world outside it, and must find again: where its inputs lie, and the settings."""
     videos = (tensor for layer in itertools.chain(*cache.videos) for tensor in layer.state_dict().values())
     adapters = tuple(
         (id(module), str(module.active_adapters), str(module.merged_adapters), module.disable_adapters)
