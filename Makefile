@@ -29,6 +29,7 @@ test-latest:
 lint: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 .venv/.installed: pyproject.toml constraints.txt tests/lmms-eval.txt
 	$(PYTHON) -m venv .venv

@@ -6,13 +6,13 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from ..ops.quantized_attention import QuantizedStates
-from .layers import VambaVideoLayer, resolve_implementation
+from .layers import VambaVideoLayer, VideoStates, resolve_implementation
 from .saving import SavedVideos, load_videos, save_videos
 
 
@@ -82,9 +82,9 @@ class VambaCache(Cache):
         self.videos: list[list[VambaVideoLayer]] = []
         self.rows: list[int | None] | None = None
         self.is_read = False
-        self.step_plan = None  # of the generation that is running, see `generation.captured_step`
+        self.step_plan: Any = None  # of the generation that is running, see `generation.captured_step`
         self._row_marks: dict[tuple, torch.Tensor] = {}
-        self.text_ids: torch.LongTensor | None = None
+        self.text_ids: torch.Tensor | None = None
 
     @classmethod
     def around(
@@ -120,15 +120,15 @@ class VambaCache(Cache):
             self.step_plan.finish(self)
             self.step_plan = None
 
-    def mark_rows(self, device: torch.device) -> torch.BoolTensor:
+    def mark_rows(self, rows: list[int | None], device: torch.device) -> torch.Tensor:
         """Which rows read a video, `(batch_size, 1, 1)`. Made once: a CUDA graph can copy nothing from the host."""
-        key = (tuple(self.rows), device)
+        key = (tuple(rows), device)
         if key not in self._row_marks:
-            marks = torch.tensor([row is not None for row in self.rows], device=device)
+            marks = torch.tensor([row is not None for row in rows], device=device)
             self._row_marks[key] = marks.view(-1, 1, 1)
         return self._row_marks[key]
 
-    def read_ids(self) -> torch.LongTensor | None:
+    def read_ids(self) -> torch.Tensor | None:
         """The tokens of text that the cache holds, `(batch_size, sequence_length)`, as far as they are known."""
         return None if self.text_ids is None else self.text_ids[:, : self.get_seq_length()]
 
@@ -152,9 +152,7 @@ class VambaCache(Cache):
                     layer.crop(*state)
             raise
 
-    def read_videos(
-        self, layer_idx: int, rows: list[int | None]
-    ) -> list[tuple[torch.Tensor | QuantizedStates, torch.Tensor | QuantizedStates] | None]:
+    def read_videos(self, layer_idx: int, rows: list[int | None]) -> list[tuple[VideoStates, VideoStates] | None]:
         """
         The keys and values of each video in one decoder layer, or `None` of a video that none of the rows reads. Those
         of the next layer begin to come to the device, where they are offloaded.
@@ -198,9 +196,9 @@ class VambaCache(Cache):
         """Raises a `ValueError` unless the videos are kept in the way that is asked for, if one is."""
         if asked is not None and asked != self.video_cache_implementation:
             raise ValueError(
-                f"`video_cache_implementation` is {asked!r}, but the cache given as `cache` keeps its "
-                f"videos {self.video_cache_implementation!r}. Leave it out, or make the cache with "
-                f"`VambaCache(model.config, video_cache_implementation={asked!r})`."
+                f"`video_cache_implementation` is {asked!r}, but the cache that was given keeps its videos "
+                f"{self.video_cache_implementation!r}. Leave the argument out, or encode the videos into a cache of "
+                f"their own: `model.encode_video(..., video_cache_implementation={asked!r})`."
             )
 
     def check_fits(self, config: PreTrainedConfig) -> None:

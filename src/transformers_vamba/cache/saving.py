@@ -22,7 +22,12 @@ from .layers import VambaVideoLayer, resolve_implementation
 
 
 CACHE_CONFIG_NAME = "cache_config.json"
-FIELDS = {"num_videos": int, "rows": (list, type(None)), "video_cache_implementation": str, "text_config": dict}
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "num_videos": int,
+    "rows": (list, type(None)),
+    "video_cache_implementation": str,
+    "text_config": dict,
+}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -102,7 +107,7 @@ def load_videos(
     layer_class, offloading = resolve_implementation(implementation)
     config = check_layers(folder, content, saved_class)
 
-    videos = [[] for _ in range(content["num_videos"])]
+    videos: list[list[VambaVideoLayer]] = [[] for _ in range(content["num_videos"])]
     for layer_idx in range(config.num_hidden_layers if videos else 0):
         tensors = load_file(layer_file(folder, layer_idx), device="cpu" if offloading else str(device))
         for video, layers in enumerate(videos):
@@ -234,7 +239,7 @@ def shapes_without_tokens(config: VambaTextConfig) -> dict[str, tuple[int | None
     conv_dim = inner_size + 2 * config.mamba_n_groups * config.mamba_d_state
     states = (1, config.num_key_value_heads, None, head_dim)
     scales, centre = (*states[:3], 1), (*states[:2], 1, head_dim)
-    shapes = {"conv": (1, config.mamba_d_conv - 1, conv_dim)}
+    shapes: dict[str, tuple[int | None, ...]] = {"conv": (1, config.mamba_d_conv - 1, conv_dim)}
     shapes["ssm"] = (1, inner_size // config.mamba_d_head, config.mamba_d_head, config.mamba_d_state)
     shapes |= {"keys": states, "values": states}
     for kind in ("key", "value"):

@@ -4,6 +4,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import transformers
@@ -32,7 +33,7 @@ def checkpointing_paused(model: nn.Module) -> Iterator[None]:
     Turns gradient checkpointing off within the block. Before Transformers 5.24 a checkpointed layer drops its cache in
     training mode, also if there is no gradient, and the tokens that are generated would not know what came before.
     """
-    paused = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    paused: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in paused:
         module.gradient_checkpointing = False
     try:
@@ -145,7 +146,7 @@ class VambaGenerationMixin(GenerationMixin):
                 cache.videos, cache.rows = encoded.videos, encoded.rows
         self.model.encode_media(media, cache)
         num_copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-        cache.rows = [row for row in cache.rows for _ in range(num_copies)]
+        cache.rows = [row for row in cache.rows or () for _ in range(num_copies)]
         if cache.is_compileable and not cache.is_video_offloaded:
             cache.mark_static_videos()
         cache.step_plan = plan_step(self, cache, generation_config, generation_mode, prompt_length, max_cache_length)

@@ -4,6 +4,7 @@
 import itertools
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,10 +34,9 @@ from .video_context import VideoContext
 
 
 # A run of text tokens, through the rows of a batch: how many they are, and the keys and values of the videos that they
-# read, of shape `(num_videos, num_key_value_heads, num_tokens, head_dim)`: as many text tokens each. `None` where they
-# read nothing.
-VideoStates = torch.Tensor | QuantizedStates
-VideoRead = tuple[int, VideoStates | None, VideoStates | None]
+# read, of shape `(num_videos, num_key_value_heads, num_tokens, head_dim)`: as many text tokens each. Both are tensors,
+# both [`QuantizedStates`], or both `None` if the tokens read nothing.
+VideoRead = tuple[int, Any, Any]
 
 
 class VambaMLP(Qwen2MLP):
@@ -55,7 +55,8 @@ class VambaSelfAttention(Qwen2VLAttention):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        *,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Arguments and outputs as in [`Qwen2VLAttention`]."""
@@ -217,10 +218,10 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         """
         # Whole layers that are checkpointed (with `use_reentrant=True`, say) come here within their checkpoint.
         checkpoint = self.checkpoint_part if self.training and torch.is_grad_enabled() else None
-        update_text = partial(self.update_text, video_context=video_context, **kwargs)
+        update_text: Callable = partial(self.update_text, video_context=video_context, **kwargs)
         run = update_text if checkpoint is None else partial(checkpoint, update_text)
         hidden_states = run(hidden_states, video_states)
-        if video_states is not None and self.updates_video:
+        if video_states is not None and video_context is not None and self.updates_video:
             group, state = video_context.group, None
             if group is not None:
                 state = state_of_earlier_ranks(self.vision_mixer, video_states, group, checkpoint)
@@ -251,7 +252,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
     def _mix(
-        self, attn_output: torch.Tensor, cross_output: torch.Tensor, reads_video: torch.BoolTensor | None
+        self, attn_output: torch.Tensor, cross_output: torch.Tensor, reads_video: torch.Tensor | None
     ) -> torch.Tensor:
         """`alpha` of the self-attention and the rest of what the tokens read; all of it for tokens that read none."""
         alpha = self.alpha.clamp(0, 1)
@@ -266,6 +267,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         """What the rows read, of the cache or of videos that come with them: one read per run of rows on one video."""
         rows, text_lengths = context.rows, context.text_lengths
         if video_states is None:
+            assert context.cache is not None  # what is not given is in it
             videos = context.cache.read_videos(self.layer_idx, rows)
         else:
             keys, values = self.cross_attn.project_video(video_states)

@@ -9,7 +9,7 @@ brought back to full size.
 
 import torch
 
-from .triton_support import is_usable, num_processors, shared_memory, tl, triton
+from .triton_support import device_of, is_usable, num_processors, shared_memory, tl, triton
 
 
 MAX_QUERIES_AT_ONCE = 128  # that a program keeps at hand
@@ -60,7 +60,7 @@ def flash_decode(query: torch.Tensor, keys, values, scaling: float) -> torch.Ten
     # As many blocks of keys and values on their way as there is room for beside the queries.
     room = shared_memory(query.device) - block_queries * head_dim * query.itemsize
     num_stages = max(1, min(3, room // (2 * block_tokens * head_dim * key_states.itemsize)))
-    with torch.cuda.device_of(query):
+    with device_of(query):
         _attend_split[(num_splits, num_heads, triton.cdiv(num_queries, block_queries))](
             query.contiguous(),
             key_states,

@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
 
-from .triton_support import are_launches_recorded, is_usable, tl, triton
+from .triton_support import are_launches_recorded, device_of, is_usable, tl, triton
 
 
 FEW_TOKENS = 64  # so few are rotated by PyTorch unless a step is recorded: its launches take the host less time
@@ -76,13 +76,14 @@ class _Rotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         grad = grad.clone(memory_format=torch.contiguous_format)
-        _launch(grad, *ctx.saved_tensors, ctx.num_rotated, -1.0)
+        cos, sin = ctx.saved_tensors
+        _launch(grad, cos, sin, ctx.num_rotated, -1.0)
         return grad, None, None, None
 
 
 def _launch(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotated: int, direction: float) -> None:
     num_tokens, num_kinds, num_heads, head_dim = states.shape
-    with torch.cuda.device_of(states):
+    with device_of(states):
         _rotate[(num_tokens, num_rotated)](
             states,
             cos,

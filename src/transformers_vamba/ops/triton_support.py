@@ -4,7 +4,7 @@
 import functools
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from transformers.utils import logging
@@ -52,6 +52,14 @@ def is_usable(device: torch.device) -> bool:
         logger.warning(f"Triton is installed but runs no kernel ({error}); the mixers take slower PyTorch instead.")
         return False
     return True
+
+
+def device_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """
+    In this context Triton launches on the device of the tensor, which need not be the current one. As
+    `torch.cuda.device_of`, which `torch.compile` cannot trace.
+    """
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryFile
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
@@ -122,21 +122,21 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def connection_class(base: type, limits: SourceLimits) -> type:
+def connection_class(base: Any, limits: SourceLimits) -> Any:
     """A class of connections that are not even begun to an address that is not allowed."""
 
     def connect_to_checked(address, timeout, source_address):
         host, port = address
-        found = [place[:2] for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-        for ip, _ in found:
-            limits.check_address(ip)
+        addresses = [str(place[0]) for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        for each in addresses:
+            limits.check_address(each)
         # To what was checked: a name that is looked up again may lead elsewhere by then.
-        for place in found[:-1]:
+        for each in addresses[:-1]:
             try:
-                return socket.create_connection(place, timeout, source_address)
+                return socket.create_connection((each, port), timeout, source_address)
             except OSError:
                 continue
-        return socket.create_connection(found[-1], timeout, source_address)
+        return socket.create_connection((addresses[-1], port), timeout, source_address)
 
     class CheckedConnection(base):
         def __init__(self, *args, **kwargs):
@@ -155,7 +155,8 @@ def make_opener(limits: SourceLimits) -> urllib.request.OpenerDirector:
 
     class Https(urllib.request.HTTPSHandler):
         def https_open(self, req):
-            return self.do_open(connection_class(http.client.HTTPSConnection, limits), req, context=self._context)
+            connection = connection_class(http.client.HTTPSConnection, limits)
+            return self.do_open(connection, req, context=self._context)  # type: ignore[attr-defined]
 
     opener = urllib.request.OpenerDirector()
     handlers = [Http(), Https(), urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor()]
@@ -187,8 +188,8 @@ class PartialDownload:
 
     def __init__(self, url: str, file: BinaryIO, copied: Copied):
         self.url, self.file, self.copied = url, file, copied
-        self.validator = None  # the ETag or date of what is there, so that two versions are never joined
-        self.num_missing = None
+        self.validator: str | None = None  # the ETag or date of what is there, so that two versions are never joined
+        self.num_missing: int | None = None
 
     def go_on(self):
         """
@@ -198,7 +199,9 @@ class PartialDownload:
             `IncompleteRead`: when the body ends before its stated length.
         """
         start = self.file.tell()
-        headers = {"Range": f"bytes={start}-", "If-Range": self.validator} if start and self.validator else {}
+        headers = {}
+        if start and self.validator:
+            headers = {"Range": f"bytes={start}-", "If-Range": self.validator}
         with open_url(self.url, self.copied.limits, headers) as response:
             if response.status != 206 or not (response.headers["Content-Range"] or "").startswith(f"bytes {start}-"):
                 self.file.seek(0)
