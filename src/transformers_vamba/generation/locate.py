@@ -19,7 +19,7 @@ from ..ops.quantized_attention import QuantizedStates
 # Scores that are in memory at once, of all heads and queries: 64 MiB.
 SCORES_AT_ONCE = 2**24
 # What a step of a moment is read of at least, as a share of the step that is read most.
-LEAST_WEIGHT = 0.25
+LEAST_WEIGHT = 0.15
 
 
 class Moment(NamedTuple):
