@@ -134,7 +134,7 @@ class Ways(locate.Reader):
 
     def receive(self, layer_idx, row, log_weights):
         super().receive(layer_idx, row, log_weights)
-        self.layers[layer_idx] = log_weights.exp().mean((0, 1)).cpu().numpy()
+        self.layers[layer_idx] = self.layers.get(layer_idx, 0) + log_weights.exp().sum((0, 1)).cpu().numpy()
 
     def compared(self) -> dict[str, np.ndarray]:
         ways = {"locate": self.readings()[0].weights.numpy(), "plain mean": np.mean(list(self.layers.values()), 0)}
