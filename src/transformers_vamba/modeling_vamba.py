@@ -312,8 +312,15 @@ class VambaModel(VambaPreTrainedModel):
                 num_tokens = count_tokens(row_media, vision_config.spatial_merge_size)
                 for layer_cache in video:
                     layer_cache.reserve(num_tokens + num_remaining_tokens)
+                steps = cache.steps_of(index)
                 for segment in split_into_segments(row_media, max_steps):
                     self.language_model.encode_video(self.embed_media(segment), video)
+                    for (num_steps, height, width), timestamps_ms in (
+                        (each.grid, each.timestamps_ms) for each in segment
+                    ):
+                        tokens_per_step = height * width // vision_config.spatial_merge_size**2
+                        steps = steps.append(num_steps, tokens_per_step, timestamps_ms)
+                    cache.steps[index] = steps
         cache.rows = rows
 
     @checked_forward
@@ -332,6 +339,7 @@ class VambaModel(VambaPreTrainedModel):
         mm_token_type_ids: torch.IntTensor | None = None,
         image_sample_ids: torch.LongTensor | None = None,
         video_sample_ids: torch.LongTensor | None = None,
+        video_timestamps_ms: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPast:
         """See [`VambaForConditionalGeneration.forward`]."""
@@ -356,6 +364,7 @@ class VambaModel(VambaPreTrainedModel):
             pixel_values_videos=pixel_values_videos,
             video_grid_thw=video_grid_thw,
             video_sample_ids=video_sample_ids,
+            video_timestamps_ms=video_timestamps_ms,
             mm_token_type_ids=mm_token_type_ids,
         )
         if self.sequence_parallel_group is not None:
@@ -470,6 +479,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
         mm_token_type_ids: torch.IntTensor | None = None,
         image_sample_ids: torch.LongTensor | None = None,
         video_sample_ids: torch.LongTensor | None = None,
+        video_timestamps_ms: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -504,6 +514,9 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
                 The row that each image belongs to, or the sample of a packed row, from 0; or the first and the last
                 of those that share it. By default all media are of the only row, or one of each.
             video_sample_ids (`torch.LongTensor` of shape `(num_videos,)`, *optional*): And each video.
+            video_timestamps_ms (`torch.LongTensor` of shape `(num_steps,)`, *optional*):
+                When each step of `video_grid_thw` begins, one video after another, in milliseconds after the first
+                frame; -1 if that is not known. Changes nothing but the times that the cache keeps, for `locate`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute logits for the last `logits_to_keep` positions only (0: all), or for those that a 1-D tensor
                 lists.
@@ -548,6 +561,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
             mm_token_type_ids=mm_token_type_ids,
             image_sample_ids=image_sample_ids,
             video_sample_ids=video_sample_ids,
+            video_timestamps_ms=video_timestamps_ms,
             **kwargs,
         )
         if isinstance(logits_to_keep, torch.Tensor):

@@ -10,6 +10,7 @@ import cold_start
 import decoding
 import evaluation
 import inference
+import locating
 import mixer_kernels
 import pytest
 import training
@@ -129,3 +130,13 @@ def test_mixer_kernels(tmp_path, monkeypatch):
     results = json.loads((tmp_path / "mixer_kernels.json").read_text())
     assert set(results["milliseconds"]) >= {"scan, torch", "scan, torch, forward and backward", "convolution"}
     assert max(results["errors"]["torch"]) < 1e-2 and results["long_errors"]["300"]["torch"] < 1e-2
+
+
+def test_locating_has_its_figures(tmp_path, capsys):
+    caches = ["dynamic", "offloaded_quantized"]
+    options = ["--device", "cpu", "--frames", "8,16", "--video-caches", ",".join(caches)]
+    locating.main([*options, "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "locating.json").read_text())["rows"]
+    assert [(row["frames"], row["video_cache"]) for row in rows] == [(n, cache) for n in (8, 16) for cache in caches]
+    assert [row["video_tokens"] for row in rows] == [24, 24, 48, 48] and all(row["seconds"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("video_tokens") == 4

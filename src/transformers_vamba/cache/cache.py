@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from .layers import VambaVideoLayer, VideoStates, resolve_implementation
 from .saving import SavedVideos, load_videos, save_videos
+from .steps import VideoSteps
 
 
 # What a model and a cache must have in common.
@@ -52,6 +53,8 @@ class VambaCache(Cache):
     Attributes:
         is_video_offloaded (`bool`): Whether the videos are kept in the host's memory.
         videos (`list[list[VambaVideoLayer]]`): The videos, and of each its decoder layers.
+        steps (`dict[int, VideoSteps]`):
+            By index in `videos`: how many tokens each time step has and when it begins. Read it with `steps_of`.
         rows (`list[int | None]`, *optional*):
             Index in `videos` of the video that each row of the batch reads, `None` for a row without one. Unset until
             a batch of text has met the cache.
@@ -80,6 +83,7 @@ class VambaCache(Cache):
             Cache.__init__(self, layers=text_cache.layers, **offloading)
         self.config = text_config
         self.videos: list[list[VambaVideoLayer]] = []
+        self.steps: dict[int, VideoSteps] = {}
         self.rows: list[int | None] | None = None
         self.is_read = False
         self.step_plan: Any = None  # of the generation that is running, see `generation.captured_step`
@@ -139,14 +143,25 @@ class VambaCache(Cache):
         )
         return len(self.videos) - 1
 
+    def steps_of(self, video: int) -> VideoSteps:
+        """
+        The time steps of a video. Tokens that came without a record, from a folder that was saved before there was one
+        say, are one step at a time that is not known.
+        """
+        steps = self.steps.get(video, VideoSteps())
+        num_missing = self.video_lengths[video] - int(steps.num_tokens.sum())
+        return steps.append(1, num_missing) if num_missing else steps
+
     @contextmanager
     def keeping_videos(self) -> Iterator[None]:
         """A block of code that adds and extends videos: where it fails or is interrupted, they are as before."""
         held = [[(layer.get_seq_length(), layer.mixer_state) for layer in video] for video in self.videos]
+        held_steps = dict(self.steps)
         try:
             yield
         except BaseException:
             del self.videos[len(held) :]
+            self.steps = held_steps
             for video, states in zip(self.videos, held):
                 for layer, state in zip(video, states):
                     layer.crop(*state)
@@ -213,13 +228,15 @@ class VambaCache(Cache):
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """
-        Writes the videos to a folder: a `cache_config.json`, and a safetensors file a decoder layer. The text that has
+        Writes the videos to a folder: a `cache_config.json`, a safetensors file a decoder layer, and one of
+        the time steps. The text that has
         been read is not kept. Videos saved there before are replaced once all is written.
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder, made where it is missing.
         """
-        videos = SavedVideos(self.videos, self.rows, self.video_cache_implementation)
+        steps = [self.steps_of(video) for video in range(len(self.videos))]
+        videos = SavedVideos(self.videos, steps, self.rows, self.video_cache_implementation)
         save_videos(save_directory, self.config, videos)
 
     @classmethod
@@ -245,7 +262,7 @@ class VambaCache(Cache):
         """
         config, saved = load_videos(save_directory, torch.device(device), video_cache_implementation)
         cache = cls(config, video_cache_implementation=saved.implementation)
-        cache.videos, cache.rows = saved.videos, saved.rows
+        cache.videos, cache.steps, cache.rows = saved.videos, dict(enumerate(saved.steps)), saved.rows
         return cache
 
     def fork(self) -> "VambaCache":
@@ -257,6 +274,7 @@ class VambaCache(Cache):
         # A dynamic layer never writes into a tensor that it holds; a static one does.
         fork.layers = [copy.deepcopy(layer) if layer.is_compileable else copy.copy(layer) for layer in self.layers]
         fork.videos = [[layer.fork() for layer in video] for video in self.videos]
+        fork.steps = dict(self.steps)
         fork.rows = None if self.rows is None else list(self.rows)
         fork.step_plan = None
         return fork
@@ -281,7 +299,7 @@ class VambaCache(Cache):
     def reset(self) -> None:
         """Forgets the text and the videos."""
         super().reset()
-        self.videos, self.rows, self.text_ids = [], None, None
+        self.videos, self.steps, self.rows, self.text_ids = [], {}, None, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.step_plan is not None and self.step_plan.step is not None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Processed videos on disk: a `cache_config.json`, and one safetensors file per decoder layer.
+Processed videos on disk: a `cache_config.json`, and one safetensors file per decoder layer and one of the
+time steps.
 
 A folder may come from a stranger or be what an interrupted save left. So all that a cache relies on is checked, in the
 headers of the files, before anything is allocated: every file carries the id of the save that wrote it.
@@ -19,9 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from ..configuration_vamba import VambaTextConfig
 from .layers import VambaVideoLayer, resolve_implementation
+from .steps import UNKNOWN_TIME, VideoSteps
 
 
 CACHE_CONFIG_NAME = "cache_config.json"
+STEPS_NAME = "steps.safetensors"
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "num_videos": int,
     "rows": (list, type(None)),
@@ -37,11 +40,13 @@ class SavedVideos(NamedTuple):
 
     Args:
         videos (`list[list[VambaVideoLayer]]`): The videos, and of each its decoder layers.
+        steps (`list[VideoSteps]`): The time steps of each video.
         rows (`list[int | None]`, *optional*): The video that each row of the batch reads.
         implementation (`str`): The cache's `video_cache_implementation`.
     """
 
     videos: list[list[VambaVideoLayer]]
+    steps: list[VideoSteps]
     rows: list[int | None] | None
     implementation: str
 
@@ -84,13 +89,20 @@ def save_videos(save_directory: str | os.PathLike, config: VambaTextConfig, vide
                 for name, tensor in layer.state_dict().items()
             }
             save_file(tensors, layer_file(Path(new_folder), layer_idx), metadata={"cache_id": cache_id})
+        if videos.videos:
+            steps = {
+                f"{video}.{name}": each
+                for video, steps in enumerate(videos.steps)
+                for name, each in vars(steps).items()
+            }
+            save_file(steps, Path(new_folder) / STEPS_NAME, metadata={"cache_id": cache_id})
         (Path(new_folder) / CACHE_CONFIG_NAME).write_text(json.dumps(content, indent=2, default=str) + "\n")
         written = {path.name for path in Path(new_folder).iterdir()}
         for name in sorted(written):
             (Path(new_folder) / name).replace(folder / name)
-    for path in folder.glob("layer-*.safetensors"):  # of a deeper model
+    for path in [*folder.glob("layer-*.safetensors"), folder / STEPS_NAME]:  # of a deeper model, or of videos
         if path.name not in written:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def load_videos(
@@ -116,7 +128,28 @@ def load_videos(
             layer = saved_class(offloading)
             layer.load_state_dict(states, device)
             layers.append(layer if saved_class is layer_class else layer_class.convert(layer, offloading))
-    return config, SavedVideos(videos, content["rows"], implementation)
+    steps = load_steps(folder / STEPS_NAME, content.get("cache_id"), [video[0].get_seq_length() for video in videos])
+    return config, SavedVideos(videos, steps, content["rows"], implementation)
+
+
+def load_steps(path: Path, cache_id: str | None, lengths: list[int]) -> list[VideoSteps]:
+    """The time steps of videos of these lengths; none from a folder that was saved before they were kept."""
+    if not lengths or not path.exists():
+        return []
+    headers = read_headers(path, cache_id)
+    names = [name for name in vars(VideoSteps())]
+    if set(headers) != {f"{video}.{name}" for video in range(len(lengths)) for name in names}:
+        raise damaged(path, f"holds other tensors than {', '.join(names)} of {len(lengths)} videos")
+    tensors, steps = load_file(path), []
+    for video, length in enumerate(lengths):
+        fields = {name: tensors[f"{video}.{name}"] for name in names}
+        num_tokens, timestamps_ms = fields["num_tokens"], fields["timestamps_ms"]
+        if any(each.dtype != torch.long or each.shape != (len(num_tokens.flatten()),) for each in fields.values()):
+            raise damaged(path, f"holds no two rows of integers, of one length, for video {video}")
+        if (num_tokens < 0).any() or num_tokens.sum() != length or (timestamps_ms < UNKNOWN_TIME).any():
+            raise damaged(path, f"does not count the {length} tokens of video {video}, or has times below 0")
+        steps.append(VideoSteps(**fields))
+    return steps
 
 
 def read_cache_config(path: Path) -> dict:

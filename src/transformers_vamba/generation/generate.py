@@ -14,10 +14,11 @@ from transformers.utils import ModelOutput
 
 from ..cache.cache import VambaCache
 from ..compat import CACHE_NAME, NEWEST_TESTED, OLDEST_TESTED, rename_cache, takes_cache
-from ..inputs.checks import check_prompt_goes_on, check_prompt_repeats, check_tensor
+from ..inputs.checks import check_prompt_goes_on, check_prompt_repeats, check_tensor, check_text
 from ..inputs.media import Medium, drop_grids_without_pixels, group_media_by_row, pop_media
 from ..layers.vision import SEGMENT_FRAMES
 from .captured_step import plan_step
+from .locate import Reader, VideoReading, watching
 
 
 MAX_ROWS = 2**16  # of a cache that is filled before any text comes: a larger row number is a mistake
@@ -143,7 +144,7 @@ class VambaGenerationMixin(GenerationMixin):
         if not isinstance(cache, VambaCache):
             cache = VambaCache.around(self.config, cache, implementation)
             if isinstance(encoded, VambaCache):
-                cache.videos, cache.rows = encoded.videos, encoded.rows
+                cache.videos, cache.steps, cache.rows = encoded.videos, encoded.steps, encoded.rows
         self.model.encode_media(media, cache)
         num_copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         cache.rows = [row for row in cache.rows or () for _ in range(num_copies)]
@@ -177,6 +178,7 @@ class VambaGenerationMixin(GenerationMixin):
         pixel_values_videos: torch.FloatTensor,
         video_grid_thw: torch.LongTensor,
         video_sample_ids: torch.LongTensor | None = None,
+        video_timestamps_ms: torch.LongTensor | None = None,
         cache: VambaCache | None = None,
         segment_frames: int = SEGMENT_FRAMES,
         num_remaining_tokens: int = 0,
@@ -194,6 +196,9 @@ class VambaGenerationMixin(GenerationMixin):
             video_sample_ids (`torch.LongTensor` of shape `(num_videos,)`, *optional*):
                 The row that each video belongs to, for a cache of several rows. By default all are of one row, in
                 order.
+            video_timestamps_ms (`torch.LongTensor` of shape `(num_steps,)`, *optional*):
+                When each step of `video_grid_thw` begins, one video after another, in milliseconds after the first
+                frame; -1 if that is not known. The processor gives it with `return_video_timestamps=True`.
             cache ([`VambaCache`], *optional*): The cache to append to, in place.
             segment_frames (`int`, *optional*, defaults to 64):
                 Frames that go through the model at once. Bounds the memory and changes the result by rounding only.
@@ -232,8 +237,72 @@ class VambaGenerationMixin(GenerationMixin):
             pixel_values_videos=pixel_values_videos,
             video_grid_thw=video_grid_thw,
             video_sample_ids=video_sample_ids,
+            video_timestamps_ms=video_timestamps_ms,
         )
         self.model.encode_media(media, cache, segment_frames, num_remaining_tokens)
         if rows_read is None and cache.rows == list(range(len(cache.videos))):
             cache.rows = None  # no text has been read yet: any number of rows may come to read the video
         return cache
+
+    @takes_cache
+    @torch.no_grad()
+    def locate(
+        self,
+        input_ids: torch.LongTensor,
+        cache: VambaCache,
+        token_mask: torch.BoolTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> list[VideoReading]:
+        r"""
+        When a text happened: how much of each time step of a video the model reads where it predicts the tokens of an
+        answer, or of any text about the video.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                The whole text from its beginning, prompt and answer: what `generate` returns.
+            cache ([`VambaCache`]):
+                Holds the videos. Neither they nor its text change, and its text is not read: `input_ids` are.
+            token_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Which tokens it is about, such as those of the answer, or of one of its words. What counts is what was
+                read to predict them, that is by the token before each. By default all.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 for padding.
+
+        Returns:
+            `list[VideoReading]`: Of each row the share that each time step has in what was read, and its seconds.
+
+        Raises:
+            ValueError: where a row has no video in the cache, or no token that it is about.
+
+        Example:
+
+        ```python
+        >>> tokens = model.generate(**inputs, cache=cache.fork())
+        >>> is_answer = torch.arange(tokens.shape[1]) >= inputs.input_ids.shape[1]
+        >>> (reading,) = model.locate(tokens, cache, token_mask=is_answer[None])
+        >>> max(reading.moments(), key=lambda moment: moment.weight).start
+        ```"""
+        check_text(self.config.text_config.hidden_size, input_ids, None, attention_mask, None, cache)
+        if not isinstance(cache, VambaCache) or not cache.videos:
+            raise ValueError("`cache` holds no video to be read: encode one with `encode_video`.")
+        all_rows = cache.resolve_rows(len(input_ids))
+        rows = [row for row in all_rows if row is not None]
+        if len(rows) < len(all_rows):
+            raise ValueError(f"Row {all_rows.index(None)} reads no video of the cache (`cache.rows` is {all_rows}).")
+        is_text = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        token_mask = is_text if token_mask is None else token_mask
+        if token_mask.shape != input_ids.shape:
+            raise ValueError(f"`token_mask` must have shape {tuple(input_ids.shape)}, got {tuple(token_mask.shape)}.")
+        is_text, token_mask = is_text.bool().cpu(), token_mask.bool().cpu()
+        predicts = torch.zeros_like(is_text)
+        predicts[:, :-1] = is_text[:, :-1] & is_text[:, 1:] & token_mask[:, 1:]
+        if not predicts.any(1).all():
+            raise ValueError(
+                f"`token_mask` marks no token in row {predicts.any(1).tolist().index(False)}, or only the first one, "
+                "which nothing predicts."
+            )
+        videos = VambaCache(self.config, video_cache_implementation=cache.video_cache_implementation)
+        videos.videos, videos.steps, videos.rows = cache.videos, cache.steps, all_rows
+        reader = Reader(videos, rows)
+        with watching(self.model.language_model.layers, reader.receive, videos, rows, predicts):
+            self.model(input_ids=input_ids, attention_mask=attention_mask, cache=videos, use_cache=False)
+        return reader.readings()

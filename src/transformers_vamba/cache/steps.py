@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens of a video in a cache belong to which moment of it."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+UNKNOWN_TIME = -1
+
+
+def _empty() -> torch.Tensor:
+    return torch.zeros(0, dtype=torch.long)
+
+
+@dataclass(eq=False)
+class VideoSteps:
+    """
+    The time steps of one video in a cache, in the order of its tokens. A step is `temporal_patch_size` frames, or one
+    image. Nothing is changed in place: appending gives a new record.
+
+    Args:
+        num_tokens (`torch.LongTensor` of shape `(num_steps,)`): Tokens of each step, on the CPU.
+        timestamps_ms (`torch.LongTensor` of shape `(num_steps,)`):
+            When each step begins, in milliseconds after the first frame; -1 if that is not known. They start anew with
+            each video of a conversation.
+    """
+
+    num_tokens: torch.Tensor = field(default_factory=_empty)
+    timestamps_ms: torch.Tensor = field(default_factory=_empty)
+
+    def append(self, num_steps: int, tokens_per_step: int, timestamps_ms: torch.Tensor | None = None) -> "VideoSteps":
+        """The record with further steps of as many tokens each. Without `timestamps_ms` their times are not known."""
+        if timestamps_ms is None:
+            timestamps_ms = torch.full((num_steps,), UNKNOWN_TIME)
+        return VideoSteps(
+            torch.cat([self.num_tokens, torch.full((num_steps,), tokens_per_step)]),
+            torch.cat([self.timestamps_ms, timestamps_ms.to("cpu", torch.long)]),
+        )
+
+    @property
+    def seconds(self) -> torch.Tensor:
+        """When each step begins, float64 of shape `(num_steps,)`, NaN if that is not known."""
+        return (self.timestamps_ms / 1000).double().masked_fill(self.timestamps_ms == UNKNOWN_TIME, float("nan"))
