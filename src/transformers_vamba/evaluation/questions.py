@@ -256,7 +256,7 @@ class VideoQuestionAnswering:
 
     def _tokenize(self, prompts: list[Prompt]) -> BatchFeature:
         """The text of prompts whose videos are in the cache: no pixels come with it, so nothing stands for them."""
-        texts = [text.replace(self.processor.video_token, "") for text in self._texts(prompts)]
+        texts = [self.processor.remove_placeholders(text) for text in self._texts(prompts)]
         return self.processor(text=texts, padding=True, return_tensors="pt")
 
     def _preprocess(self, prompts: list[Prompt]) -> BatchFeature:
@@ -311,8 +311,7 @@ class VideoQuestionAnswering:
     def _continuation_length(self, prompt: Prompt, ids: list[int]) -> int:
         """How many of a prompt's tokens are its continuation's: those after the first that it changes."""
         (text,) = self._texts([replace(prompt, continuation="")])
-        text = text.replace(self.processor.image_token, "").replace(self.processor.video_token, "")
-        question_ids = self.processor.tokenizer(text).input_ids
+        question_ids = self.processor.tokenizer(self.processor.remove_placeholders(text)).input_ids
         return len(ids) - len(os.path.commonprefix([question_ids, ids]))
 
 

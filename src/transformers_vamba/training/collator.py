@@ -219,10 +219,6 @@ class VambaDataCollator:
         height, width = self.processor.video_processor.get_resized_sizes(image.height, image.width, size=size)[0]
         return image.resize((width, height), Image.Resampling.BICUBIC)
 
-    def _without_placeholders(self, text: str) -> str:
-        """The text that is tokenized, of what the chat template writes."""
-        return text.replace(self.processor.image_token, "").replace(self.processor.video_token, "")
-
     def _find_marks(self, messages: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
         """
         Begin and end of what the chat template marks, in characters of the text that is tokenized. (In Transformers
@@ -236,13 +232,14 @@ class VambaDataCollator:
             **self.processor.tokenizer.special_tokens_map,
         )
         for begin, end in spans:
-            yield len(self._without_placeholders(text[:begin])), len(self._without_placeholders(text[:end]))
+            before, with_it = (self.processor.remove_placeholders(text[:place]) for place in (begin, end))
+            yield len(before), len(with_it)
 
     def _find_words_of_assistant(self, messages: list[dict[str, Any]], learn_from: int) -> Iterator[tuple[int, int]]:
         """Begin and end of what is learned of each turn, in characters of the text that is tokenized."""
 
         def render(messages, **kwargs):
-            return self._without_placeholders(self.processor.apply_chat_template(messages, **kwargs))
+            return self.processor.remove_placeholders(self.processor.apply_chat_template(messages, **kwargs))
 
         conversation = render(messages)
         for i, message in enumerate(messages):
