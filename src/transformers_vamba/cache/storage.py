@@ -9,7 +9,7 @@ import torch
 class DeviceStorage:
     """
     Tensors of shape `(1, num_heads, num_tokens, size)` on the device that made them. They are written once, into
-    memory that grows ahead of need or is reserved. Where a gradient has to flow into them they are concatenated.
+    memory that grows ahead of need or is reserved. Tensors that take a gradient are concatenated instead.
     """
 
     def __init__(self):
@@ -41,7 +41,7 @@ class DeviceStorage:
         self._reserved = self.num_tokens + num_tokens
 
     def append(self, states: tuple[torch.Tensor, ...]) -> None:
-        """Writes `(1, num_heads, num_new_tokens, size)` of each tensor behind what is there."""
+        """Writes `(1, num_heads, num_new_tokens, size)` of each tensor after what is there."""
         if any(new.requires_grad for new in states):
             held = self._states or [new[:, :, :0] for new in states]
             self._states = tuple(torch.cat(pair, dim=-2) for pair in zip(held, states))
@@ -56,7 +56,7 @@ class DeviceStorage:
         self._states = tuple(memory[:, :, :end] for memory in self._memory)
 
     def _grow(self, states: tuple[torch.Tensor, ...], num_tokens: int, capacity: int) -> None:
-        # One tensor at a time is there twice, and should the memory not suffice, each is still there once.
+        # Only one tensor at a time exists twice. If the memory does not suffice, none is lost.
         grown, self._memory = [], []
         for i, new in enumerate(states):
             with torch.inference_mode(False):  # or it could be written in inference mode alone
@@ -135,7 +135,7 @@ class HostStorage:
         """There is no need to."""
 
     def append(self, states: tuple[torch.Tensor, ...]) -> None:
-        """Writes `(1, num_heads, num_new_tokens, size)` of each tensor behind what is there."""
+        """Writes `(1, num_heads, num_new_tokens, size)` of each tensor after what is there."""
         self.device = self.device or states[0].device
         self._fetched = None
         states = tuple(new[0].transpose(0, 1).contiguous() for new in states)
@@ -229,5 +229,5 @@ class HostStorage:
 
 @functools.cache
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which tensors go between a CUDA device and the host, beside the computation."""
+    """The stream that copies tensors between a CUDA device and the host while the device computes."""
     return torch.cuda.Stream(device)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of few queries over a video in 8 bits, which is read once and never brought back to full size (Triton)."""
+"""Attention of few queries over a video in 8 bits, which is read once and never converted to full size (Triton)."""
 
 import torch
 
 from .triton_support import device_of, tl, triton
 
 
-NUM_SPLITS = 128  # of the tokens of a head, at most: four heads keep a large GPU busy
-MAX_QUERIES_AT_ONCE = 64  # that a program keeps at hand
+NUM_SPLITS = 128  # parts of each head's tokens, at most: four heads keep a large GPU busy
+MAX_QUERIES_AT_ONCE = 64  # per program
 MAX_QUERIES = 256  # with more, converting to full size once costs less than reading the 8 bits again and again
 
 
@@ -28,7 +28,7 @@ def attend(query: torch.Tensor, keys, values, scaling: float) -> torch.Tensor:
     its weights, by which the outputs are then combined.
 
     Args:
-        query (`torch.Tensor` of shape `(1, num_heads, num_queries, head_dim)`): At most `MAX_QUERIES` a head.
+        query (`torch.Tensor` of shape `(1, num_heads, num_queries, head_dim)`): At most `MAX_QUERIES` per head.
         keys (`QuantizedStates`), values (`QuantizedStates`): The video.
         scaling (`float`): Factor of the scores.
 

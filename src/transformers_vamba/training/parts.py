@@ -36,7 +36,7 @@ def train_parts(model: PreTrainedModel, parts: tuple[str, ...]) -> list[str]:
     trained = []
     for part in parts:
         found = False
-        # Under both of its names, where `lm_head` is the embedding.
+        # Under both of its names, if `lm_head` is the embedding.
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if f".{part}." in f".{name}.":
                 found = True
