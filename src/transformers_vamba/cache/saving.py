@@ -33,7 +33,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 class SavedVideos(NamedTuple):
     """
-    What of a [`VambaCache`] is kept.
+    The part of a [`VambaCache`] that is saved.
 
     Args:
         videos (`list[list[VambaVideoLayer]]`): The videos, and of each its decoder layers.

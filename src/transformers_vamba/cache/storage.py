@@ -101,10 +101,10 @@ class DeviceStorage:
 
 class HostStorage:
     """
-    As [`DeviceStorage`], in the host's memory (pinned, if the device is a CUDA device), and brought to the device each
-    time it is read: ahead of that, on a stream of its own, after `prefetch`.
+    As [`DeviceStorage`], but in the host's memory (pinned, if the device is a CUDA device). Each read copies all
+    tokens to the device. After `prefetch` the copy runs ahead of the read, on its own stream.
 
-    The memory is made of blocks of `tokens_per_block` tokens, one token after the other. So it never has to grow, what
+    The memory is made of blocks of `tokens_per_block` tokens, one token after another. So it never has to grow, what
     is copied is contiguous, and PyTorch's allocator, which rounds pinned memory up to a power of two, wastes little.
     """
 
@@ -132,7 +132,7 @@ class HostStorage:
         return sum(memory[0].nbytes for block in self._blocks[:1] for memory in block) * self.num_tokens
 
     def reserve(self, num_tokens: int) -> None:
-        """There is no need to."""
+        """Does nothing: blocks are allocated as tokens come."""
 
     def append(self, states: tuple[torch.Tensor, ...]) -> None:
         """Writes `(1, num_heads, num_new_tokens, size)` of each tensor after what is there."""
@@ -175,7 +175,7 @@ class HostStorage:
         return fetched
 
     def prefetch(self) -> None:
-        """Begins to bring all tokens to the device, for the next `read`."""
+        """Starts copying all tokens to the device, for the next `read`."""
         if self._fetched is not None or self.device is None:
             return
         if not self._is_pinned:

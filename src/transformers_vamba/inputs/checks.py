@@ -105,7 +105,7 @@ def check_no_media_expected(config: PreTrainedConfig, input_ids: Any, mm_token_t
 
 @contextmanager
 def adapter_names_explained() -> Iterator[None]:
-    """PEFT counts one adapter per row, and the layers also see videos: says so if it fails within the block."""
+    """Explains PEFT's error for several adapters: it counts one per row, but the layers also see videos."""
     try:
         yield
     except ValueError as error:

@@ -278,7 +278,7 @@ class VambaDataCollator:
         }
 
     def _collate(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The batch of what the rows have become."""
+        """Batches the prepared rows."""
         batch = self._pack(samples) if self.packing else self._pad(samples)
         for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
             if media := [sample[name] for sample in samples if name in sample]:
@@ -353,7 +353,7 @@ def _fill_in_part(part: dict[str, Any], columns: dict[str, Iterator]) -> dict[st
         raise ValueError(f"the `type` of a part of a message must be one of {tuple(READ)}, got {medium!r}.")
     if unread := sorted(part.keys() - READ[medium] - {"type"}):
         raise ValueError(
-            f"nothing reads {unread} of a part of type {medium!r}. How files are read and sampled is said by "
+            f"nothing reads {unread} of a part of type {medium!r}. Say how files are read and sampled in "
             "`processor_kwargs`, for all rows."
         )
     if medium == "text":

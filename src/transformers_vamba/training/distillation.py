@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation from a teacher: from its stored top-k logits, as published, or from a Qwen2-VL that looks on."""
+"""Distillation from a teacher: from its stored top-k logits, as published, or from a Qwen2-VL that runs alongside."""
 
 from collections.abc import Iterator
 from itertools import accumulate
@@ -20,7 +20,7 @@ def distillation_loss(
     num_items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """
-    The published loss: KL divergence of the student from the teacher, among the teacher's k likeliest tokens alone.
+    The published loss: KL divergence of the student from the teacher, over the teacher's k likeliest tokens only.
 
     Args:
         logits (`torch.Tensor` of shape `(num_tokens, vocab_size)`): The student's.

@@ -12,7 +12,7 @@ from .collator import VambaDataCollator
 @dataclass
 class VambaPreferenceCollator(VambaDataCollator):
     """
-    Makes the batches of TRL's `DPOTrainer`, whose own collator knows images alone:
+    Makes the batches of TRL's `DPOTrainer`, whose own collator takes images only:
 
         args = DPOConfig(remove_unused_columns=False)
         DPOTrainer(model, args=args, data_collator=VambaPreferenceCollator(processor), ...)
