@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from ..cache.cache import VambaCache
 from ..compat import CACHE_NAME
+from ..ops.triton_support import recorded_launches
 from ..parallel.ranks import is_distributed
 
 
@@ -117,7 +118,8 @@ class CapturedStep:
                 layer.lazy_initialization(text.keys[:, :, :0], text.values[:, :, :0])
             self.input_ids = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
             self.position_ids = torch.zeros_like(self.input_ids)
-            self.mask = torch.zeros(batch_size, 1, 1, length, dtype=torch.bool, device=device)
+            # Added to the scores; each layer would convert a mask of booleans.
+            self.mask = cache.layers[0].keys.new_full((batch_size, 1, 1, length), -torch.inf)
         self.num_tokens = 0
         self.logits: torch.Tensor  # of the last step
         self._replay: Callable[[], None] | None = None
@@ -134,9 +136,9 @@ class CapturedStep:
             layer.keys[:, :, :num_tokens] = text.keys
             layer.values[:, :, :num_tokens] = text.values
             layer.cumulative_length.fill_(num_tokens)
-        self.mask.fill_(False)
-        mask = True if attention_mask is None else attention_mask[:, None, None, :num_tokens].bool()
-        self.mask[..., :num_tokens] = mask
+        self.mask.fill_(-torch.inf)
+        is_text = torch.tensor(True) if attention_mask is None else attention_mask[:, None, None, :num_tokens].bool()
+        self.mask[..., :num_tokens].masked_fill_(is_text.to(self.mask.device), 0)
 
     def give_text(self, cache: VambaCache) -> None:
         """Copies all text to the cache."""
@@ -161,7 +163,7 @@ class CapturedStep:
     def _step(self, cache: VambaCache) -> None:
         """What the graph records."""
         text_length = self.layers[0].cumulative_length
-        self.mask.index_fill_(3, text_length.view(1), True)
+        self.mask.index_fill_(3, text_length.view(1), 0)
         forward: Any = self._forward()
         outputs = forward(
             input_ids=self.input_ids,
@@ -180,7 +182,7 @@ class CapturedStep:
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), recorded_launches():
             # Once without recording: what is loaded or compiled for its first use cannot be part of a graph.
             self._step(twin)
             for layer in self.layers:
