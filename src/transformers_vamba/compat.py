@@ -61,9 +61,9 @@ def rename_cache(kwargs: dict, name: str = CACHE_NAME) -> dict:
 
 def rename_checkpointing(args) -> None:
     """
-    Brings what was said by `gradient_checkpointing` and `gradient_checkpointing_kwargs` in `TrainingArguments` under
-    their names since Transformers 5.24, `activation_checkpointing`, if there are such: it warns of the old ones. To be
-    called at the beginning of `__post_init__`, in a class of one's own.
+    Moves `gradient_checkpointing` and `gradient_checkpointing_kwargs` of `TrainingArguments` to their names since
+    Transformers 5.24, `activation_checkpointing...`, if it has these: it warns of the old ones. Call it at the
+    beginning of `__post_init__` of a subclass.
     """
     for suffix in ("", "_kwargs"):
         old, new = f"gradient_checkpointing{suffix}", f"activation_checkpointing{suffix}"
@@ -84,7 +84,7 @@ def takes_cache(function: Callable) -> Callable:
 
 def checked_forward(forward: Callable) -> Callable:
     """
-    A `forward` that takes the cache under either name and refuses keyword arguments that nobody reads. Those in
+    A `forward` that takes the cache under either name and refuses keyword arguments that nothing reads. Those in
     `PASSED_ON` go through to the attention and the loss.
     """
     known = PASSED_ON | set(inspect.signature(forward).parameters)

@@ -122,12 +122,12 @@ class VambaConfig(Qwen2VLConfig):
         image_token_id (`int`, *optional*, defaults to 151655): Placeholder of an image in the chat template. The
             processor removes it: no placeholder enters the model.
         video_token_id (`int`, *optional*, defaults to 151656): Placeholder of a video, likewise.
-        vision_start_token_id (`int`, *optional*, defaults to 151652): Token in front of a medium.
-        vision_end_token_id (`int`, *optional*, defaults to 151653): Token behind a medium.
+        vision_start_token_id (`int`, *optional*, defaults to 151652): Token before a medium.
+        vision_end_token_id (`int`, *optional*, defaults to 151653): Token after a medium.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`): Whether `lm_head` shares the embedding's weight.
 
     Raises:
-        ValueError: where sizes do not divide each other, or a published configuration sets a switch that changes the
+        ValueError: if sizes do not divide each other, or a published configuration sets a switch that changes the
             architecture in a way that this package does not support.
 
     Example:

@@ -11,7 +11,7 @@ the text (`α` is one learned number per layer, kept in [0, 1]):
     video: v += vision_mixer(v)
 
 So everything that the decoder needs of a video, each layer's keys and values, can be computed once and before any
-question is known, a stretch of frames at a time:
+question is known, one stretch of frames after another:
 
     frames ─► visual ─► mixers, layer by layer ─► VambaCache (keys and values per layer, mixer states)
                                                       │
@@ -225,7 +225,7 @@ class VambaTextModel(VambaPreTrainedModel):
         else:
             hidden_states, video_states = run_layers(slice(None), hidden_states, video_states)
         if video_states is not None and self.training and torch.is_grad_enabled() and is_distributed():
-            # DDP waits for the gradient of every parameter, also of the last mixer, which nobody reads.
+            # DDP waits for the gradient of every parameter, also of the last mixer, whose output nothing reads.
             hidden_states = hidden_states + zero_of_parameters(self.layers[-1].vision_mixer)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
@@ -288,7 +288,7 @@ class VambaModel(VambaPreTrainedModel):
         num_remaining_tokens: int = 0,
     ) -> None:
         """
-        Encodes each row's images and videos, in order, behind what the cache holds for that row, `segment_frames`
+        Encodes each row's images and videos, in order, after what the cache holds for that row, `segment_frames`
         frames at a time: vision tower, mixers, keys and values. Sets `cache.rows`. Memory is sized for
         `num_remaining_tokens` more, which later calls bring. Should it fail, the cache is as it was.
         """
@@ -498,7 +498,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Embedded tokens instead of `input_ids`.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Ids to predict, -100 where there is nothing to; shifted inside. The first token of a packed sample is
+                Ids to predict, -100 for none; shifted inside. The first token of a packed sample is
                 never predicted.
             use_cache (`bool`, *optional*):
                 Whether to return a [`VambaCache`]. By default as the configuration says, and not in training.
@@ -508,7 +508,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
                 Time, height and width of each image in patches.
             video_grid_thw (`torch.LongTensor` of shape `(num_videos, 3)`, *optional*): And of each video.
             mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                1 where an image stands in the prompt, 2 where a video does, else 0: their order within a row. Without
+                1 for an image's place in the prompt, 2 for a video's, else 0: their order within a row. Without
                 it a row's images come before its videos.
             image_sample_ids (`torch.LongTensor` of shape `(num_images,)` or `(num_images, 2)`, *optional*):
                 The row that each image belongs to, or the sample of a packed row, from 0; or the first and the last
@@ -521,11 +521,11 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
                 Compute logits for the last `logits_to_keep` positions only (0: all), or for those that a 1-D tensor
                 lists.
             skip_logits (`bool`, *optional*, defaults to `False`):
-                Return the loss alone, for which logits are computed where there are labels only, a chunk of positions
-                at a time: the same loss with less memory, for long texts.
+                Return the loss alone. Logits are computed for labelled positions only, chunk by chunk: the same loss
+                with less memory, for long texts.
 
         Raises:
-            ValueError: where media, grids, rows and prompt do not match, naming both sides.
+            ValueError: if media, grids, rows and prompt do not match, naming both sides.
 
         Example:
 

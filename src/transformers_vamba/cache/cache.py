@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache of a Vamba model: the text's keys and values a row, and those of each video once, whoever reads it."""
+"""The cache of a Vamba model: the text's keys and values per row, and each video's once, whichever rows read it."""
 
 import copy
 import itertools
@@ -47,7 +47,7 @@ class VambaCache(Cache):
         video_cache_implementation (`str`, *optional*, defaults to `"dynamic"`):
             How the keys and values of the videos are kept. `"dynamic"`: as they are computed, on the device that does.
             `"quantized"`: in 8 bits, half the memory for an error of about a hundredth in what the cross-attention
-            reads. `"offloaded"`: in the host's memory, and brought to the device a layer at a time, ahead of use, for
+            reads. `"offloaded"`: in the host's memory, and copied to the device layer by layer, ahead of use, for
             every token that is generated. `"offloaded_quantized"`: both.
 
     Attributes:
@@ -154,7 +154,7 @@ class VambaCache(Cache):
 
     @contextmanager
     def keeping_videos(self) -> Iterator[None]:
-        """A block of code that adds and extends videos: where it fails or is interrupted, they are as before."""
+        """A block of code that adds and extends videos: if it fails or is interrupted, they are as before."""
         held = [[(layer.get_seq_length(), layer.mixer_state) for layer in video] for video in self.videos]
         held_steps = dict(self.steps)
         try:
@@ -169,8 +169,8 @@ class VambaCache(Cache):
 
     def read_videos(self, layer_idx: int, rows: list[int | None]) -> list[tuple[VideoStates, VideoStates] | None]:
         """
-        The keys and values of each video in one decoder layer, or `None` of a video that none of the rows reads. Those
-        of the next layer begin to come to the device, where they are offloaded.
+        The keys and values of each video in one decoder layer, or `None` for a video that no row reads. If videos
+        are offloaded, this also starts copying the next layer's.
         """
         self.is_read = True
         is_read = [video in rows for video in range(len(self.videos))]
@@ -184,7 +184,7 @@ class VambaCache(Cache):
         The video that each row of a batch reads: as `rows` says; else every row the only video, or each its own.
 
         Raises:
-            ValueError: where the rows of the batch cannot be matched with the cache.
+            ValueError: if the rows of the batch cannot be matched with the cache.
         """
         if self.rows is not None:
             if len(self.rows) != batch_size:
@@ -228,12 +228,11 @@ class VambaCache(Cache):
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """
-        Writes the videos to a folder: a `cache_config.json`, a safetensors file a decoder layer, and one of
-        the time steps. The text that has
-        been read is not kept. Videos saved there before are replaced once all is written.
+        Writes the videos to a folder: a `cache_config.json`, one safetensors file per decoder layer, and one of the
+        time steps. The text is not kept. Videos saved there before are replaced once all is written.
 
         Args:
-            save_directory (`str` or `os.PathLike`): The folder, made where it is missing.
+            save_directory (`str` or `os.PathLike`): The folder, created if it is missing.
         """
         steps = [self.steps_of(video) for video in range(len(self.videos))]
         videos = SavedVideos(self.videos, steps, self.rows, self.video_cache_implementation)
@@ -257,7 +256,7 @@ class VambaCache(Cache):
                 How the videos are kept, see [`VambaCache`]; by default as they were when they were saved.
 
         Raises:
-            `FileNotFoundError`: where there is no such folder, or one without a processed video.
+            `FileNotFoundError`: if there is no such folder, or no processed video in it.
             `ValueError`: for files that are damaged, of different saves, or do not hold the same videos.
         """
         config, saved = load_videos(save_directory, torch.device(device), video_cache_implementation)

@@ -77,7 +77,7 @@ class VambaVideoLayer:
         self._storage.append((key_states, value_states))
 
     def crop(self, num_tokens: int, mixer_state: MambaState | None) -> None:
-        """Goes back to the first tokens, behind which the mixer was in this state."""
+        """Goes back to the first tokens, after which the mixer was in this state."""
         self._storage.crop(num_tokens)
         self.mixer_state = mixer_state
 
@@ -109,7 +109,7 @@ class VambaVideoLayer:
             self.mixer_state = MambaState(*(tensor.to(device) for tensor in self.mixer_state))
 
     def prefetch(self) -> None:
-        """Where they are kept in the host's memory, begins to bring keys and values to the device."""
+        """If keys and values are kept in the host's memory, starts copying them to the device."""
         self._storage.prefetch()
 
     def fork(self) -> "VambaVideoLayer":
@@ -147,8 +147,8 @@ class VambaVideoLayer:
 
 class VambaQuantizedVideoLayer(VambaVideoLayer):
     """
-    A [`VambaVideoLayer`] in 8 bits, with a scale a token and head. The centre of keys and values, which is not counted
-    in the 8 bits, is the mean of the first tokens that come.
+    A [`VambaVideoLayer`] in 8 bits, with one scale per token and head. The centre of keys and values, which is kept
+    beside the 8 bits, is the mean of the first tokens that come.
     """
 
     token_tensors = ("key_codes", "key_scales", "value_codes", "value_scales")

@@ -36,7 +36,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 class SavedVideos(NamedTuple):
     """
-    What of a [`VambaCache`] is kept.
+    The part of a [`VambaCache`] that is saved.
 
     Args:
         videos (`list[list[VambaVideoLayer]]`): The videos, and of each its decoder layers.
@@ -199,7 +199,7 @@ def check_layers(folder: Path, content: dict, layer_class: type[VambaVideoLayer]
         headers = read_headers(path, content.get("cache_id"))
         if num_videos > len(headers):
             raise damaged(path, f"holds {len(headers)} tensors, and {CACHE_CONFIG_NAME} says {num_videos} videos")
-        needs_state = layer_idx < num_layers - 1  # nobody reads what the last mixer gives
+        needs_state = layer_idx < num_layers - 1  # nothing reads the last mixer's output
         layer_lengths, layer_dtypes = check_tensors(path, headers, num_videos, layer_class, config, needs_state)
         if lengths not in (None, layer_lengths):
             raise damaged(path, f"holds videos of {layer_lengths} tokens, and the layers before it of {lengths}")
@@ -266,7 +266,7 @@ def check_tensors(
 
 
 def shapes_without_tokens(config: VambaTextConfig) -> dict[str, tuple[int | None, ...]]:
-    """Shape of each tensor that is kept of a video in a layer; `None` stands for its number of tokens."""
+    """The shape of each tensor that a layer keeps of a video; `None` stands for the number of tokens."""
     head_dim = config.hidden_size // config.num_attention_heads
     inner_size = config.mamba_expand * config.hidden_size
     conv_dim = inner_size + 2 * config.mamba_n_groups * config.mamba_d_state

@@ -9,7 +9,7 @@ import torch
 class DeviceStorage:
     """
     Tensors of shape `(1, num_heads, num_tokens, size)` on the device that made them. They are written once, into
-    memory that grows ahead of need or is reserved. Where a gradient has to flow into them they are concatenated.
+    memory that grows ahead of need or is reserved. Tensors that take a gradient are concatenated instead.
     """
 
     def __init__(self):
@@ -41,7 +41,7 @@ class DeviceStorage:
         self._reserved = self.num_tokens + num_tokens
 
     def append(self, states: tuple[torch.Tensor, ...]) -> None:
-        """Writes `(1, num_heads, num_new_tokens, size)` of each tensor behind what is there."""
+        """Writes `(1, num_heads, num_new_tokens, size)` of each tensor after what is there."""
         if any(new.requires_grad for new in states):
             held = self._states or [new[:, :, :0] for new in states]
             self._states = tuple(torch.cat(pair, dim=-2) for pair in zip(held, states))
@@ -56,7 +56,7 @@ class DeviceStorage:
         self._states = tuple(memory[:, :, :end] for memory in self._memory)
 
     def _grow(self, states: tuple[torch.Tensor, ...], num_tokens: int, capacity: int) -> None:
-        # One tensor at a time is there twice, and should the memory not suffice, each is still there once.
+        # Only one tensor at a time exists twice. If the memory does not suffice, none is lost.
         grown, self._memory = [], []
         for i, new in enumerate(states):
             with torch.inference_mode(False):  # or it could be written in inference mode alone
@@ -101,10 +101,10 @@ class DeviceStorage:
 
 class HostStorage:
     """
-    As [`DeviceStorage`], in the host's memory (pinned, if the device is a CUDA device), and brought to the device each
-    time it is read: ahead of that, on a stream of its own, after `prefetch`.
+    As [`DeviceStorage`], but in the host's memory (pinned, if the device is a CUDA device). Each read copies all
+    tokens to the device. After `prefetch` the copy runs ahead of the read, on its own stream.
 
-    The memory is made of blocks of `tokens_per_block` tokens, one token after the other. So it never has to grow, what
+    The memory is made of blocks of `tokens_per_block` tokens, one token after another. So it never has to grow, what
     is copied is contiguous, and PyTorch's allocator, which rounds pinned memory up to a power of two, wastes little.
     """
 
@@ -132,10 +132,10 @@ class HostStorage:
         return sum(memory[0].nbytes for block in self._blocks[:1] for memory in block) * self.num_tokens
 
     def reserve(self, num_tokens: int) -> None:
-        """There is no need to."""
+        """Does nothing: blocks are allocated as tokens come."""
 
     def append(self, states: tuple[torch.Tensor, ...]) -> None:
-        """Writes `(1, num_heads, num_new_tokens, size)` of each tensor behind what is there."""
+        """Writes `(1, num_heads, num_new_tokens, size)` of each tensor after what is there."""
         self.device = self.device or states[0].device
         self._fetched = None
         states = tuple(new[0].transpose(0, 1).contiguous() for new in states)
@@ -175,7 +175,7 @@ class HostStorage:
         return fetched
 
     def prefetch(self) -> None:
-        """Begins to bring all tokens to the device, for the next `read`."""
+        """Starts copying all tokens to the device, for the next `read`."""
         if self._fetched is not None or self.device is None:
             return
         if not self._is_pinned:
@@ -229,5 +229,5 @@ class HostStorage:
 
 @functools.cache
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which tensors go between a CUDA device and the host, beside the computation."""
+    """The stream that copies tensors between a CUDA device and the host while the device computes."""
     return torch.cuda.Stream(device)

@@ -38,8 +38,8 @@ class VambaForecast:
         video_cache (`int`): Keys and values of the video, wherever they are kept.
         host_memory (`int`): The part of them that is kept in the host's memory.
         text_cache (`int`): Keys and values of the text.
-        encoding (`int`): The most that the device holds beside the weights while the video is encoded.
-        answering (`int`): The most that it holds beside them while questions are answered.
+        encoding (`int`): The most that the device holds in addition to the weights while the video is encoded.
+        answering (`int`): The most that it holds in addition to them while questions are answered.
     """
 
     num_frames: int
@@ -99,16 +99,16 @@ def forecast_memory(
         processor ([`VambaProcessor`] or [`VambaVideoProcessor`]): Says which frames are sampled, and of which size.
         video (`str`, `os.PathLike`, `BinaryIO` or [`~transformers.video_utils.VideoMetadata`]):
             A file or URL, or what is known of a video: its number of frames (`total_num_frames`), the rate (`fps`,
-            where frames are sampled by rate), `height` and `width`.
+            if frames are sampled by rate), `height` and `width`.
         num_frames (`int`, *optional*), fps (`float`, *optional*):
-            How many frames to sample, or how many a second. By default as the video processor is set.
+            How many frames to sample, or how many per second. By default as the video processor is set.
         segment_frames (`int`, *optional*, defaults to 64): Frames that are encoded at a time.
         video_cache_implementation (`str`, *optional*): How the video is kept, see [`VambaCache`].
         dtype (`torch.dtype`, *optional*):
             Of weights and activations. By default the model's, or that of the configuration, or bfloat16.
         weight_bits (`int`, *optional*):
-            8 or 4: the linear layers except `lm_head` are loaded in so many bits, as bitsandbytes does. Of a model
-            that is loaded the weights are counted as they are.
+            8 or 4: the linear layers except `lm_head` are loaded in this many bits, as by bitsandbytes. The
+            weights of a model that is loaded are counted as they are.
         batch_size (`int`, *optional*, defaults to 1): Questions that are answered at once, or beams.
         num_text_tokens (`int`, *optional*, defaults to 128): Tokens of the longest question.
         max_new_tokens (`int`, *optional*, defaults to 128): Tokens of the longest answer.
@@ -145,7 +145,7 @@ def forecast_memory(
     answering += batch_size * num_text_tokens * text_bytes_per_token(text_config, dtype)
     if offloading:  # the layer that is read is on the device, and the next one
         answering += 2 * video_layer
-    if is_quantized:  # a head of one layer is brought back to full size
+    if is_quantized:  # one head of one layer is converted to full size
         head = cache_bytes_per_token(text_config, dtype, False) // text_config.num_key_value_heads
         answering += num_tokens * head
     return VambaForecast(
@@ -234,9 +234,9 @@ def weight_bytes(model: VambaConfig | PreTrainedModel, dtype: torch.dtype, weigh
 
 
 def cache_bytes_per_token(config: VambaTextConfig, dtype: torch.dtype, is_quantized: bool) -> int:
-    """Bytes of the keys and values of a token in one decoder layer."""
+    """Bytes of keys and values per token in one decoder layer."""
     head_dim = config.hidden_size // config.num_attention_heads
-    bytes_per_head = head_dim + dtype.itemsize if is_quantized else head_dim * dtype.itemsize  # a scale a head
+    bytes_per_head = head_dim + dtype.itemsize if is_quantized else head_dim * dtype.itemsize  # one scale per head
     return 2 * (config.num_key_value_heads or config.num_attention_heads) * bytes_per_head
 
 
@@ -267,9 +267,9 @@ def vision_bytes_per_patch(config: VambaConfig, dtype: torch.dtype) -> int:
 
 def mixer_bytes_per_token(config: VambaTextConfig, dtype: torch.dtype) -> int:
     """
-    The most that lives at once in a mixer, a token, which is when the scan writes its output: residual and norm, what
-    `in_proj` gives (gate, convolution inputs and time steps), the convolution's output, time steps and decays in
-    float32, the state of each chunk and the output.
+    Bytes per token of what lives at once in a mixer at its peak, when the scan writes its output: residual and norm,
+    `in_proj`'s outputs (gate, convolution inputs and time steps), the convolution's output, time steps and decays in
+    float32, each chunk's state, and the output.
     """
     inner_size = config.mamba_expand * config.hidden_size
     conv_dim = inner_size + 2 * config.mamba_n_groups * config.mamba_d_state
@@ -281,8 +281,8 @@ def mixer_bytes_per_token(config: VambaTextConfig, dtype: torch.dtype) -> int:
 
 def text_bytes_per_token(config: VambaTextConfig, dtype: torch.dtype) -> int:
     """
-    The most that lives at once in a decoder layer, a token of text, which is in the MLP: the embedding, what has
-    entered the layer, what the attention has given and added up to, its norm, what comes out, and three times the
+    Bytes per text token of what lives at once in a decoder layer at its peak, in the MLP: the embedding, the layer's
+    input, the attention's output and its sum with the residual, the norm, the MLP's output, and three times the
     intermediate states.
     """
     return (6 * config.hidden_size + 3 * config.intermediate_size) * dtype.itemsize

@@ -190,7 +190,7 @@ class VambaGenerationMixin(GenerationMixin):
 
         Args:
             pixel_values_videos (`torch.FloatTensor` of shape `(num_patches, patch_dim)`):
-                Patches of the videos, on any device: a segment at a time moves to the model's.
+                Patches of the videos, on any device: each segment moves to the model's in its turn.
             video_grid_thw (`torch.LongTensor` of shape `(num_videos, 3)`):
                 Frames (in steps of `temporal_patch_size`), height and width of each video, in patches.
             video_sample_ids (`torch.LongTensor` of shape `(num_videos,)`, *optional*):
@@ -210,11 +210,11 @@ class VambaGenerationMixin(GenerationMixin):
                 the host's memory, or `"offloaded_quantized"`. See [`VambaCache`].
 
         Returns:
-            [`VambaCache`]: The cache given, or a new one. A call that fails, for want of memory for one, or that is
-            interrupted leaves the cache given as it was.
+            [`VambaCache`]: The given cache, or a new one. A call that fails or is interrupted leaves a given cache
+            unchanged.
 
         Raises:
-            ValueError: where patches, grids and rows do not match, or the cache keeps its videos in another way.
+            ValueError: if patches, grids and rows do not match, or the cache keeps its videos in another way.
         """
         if not isinstance(num_remaining_tokens, int) or num_remaining_tokens < 0:
             raise ValueError(f"`num_remaining_tokens` must be an integer of at least 0, got {num_remaining_tokens!r}.")

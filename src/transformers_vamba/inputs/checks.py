@@ -105,7 +105,7 @@ def check_no_media_expected(config: PreTrainedConfig, input_ids: Any, mm_token_t
 
 @contextmanager
 def adapter_names_explained() -> Iterator[None]:
-    """PEFT counts one adapter per row, and the layers also see videos: says so if it fails within the block."""
+    """Explains PEFT's error for several adapters: it counts one per row, but the layers also see videos."""
     try:
         yield
     except ValueError as error:
@@ -120,8 +120,8 @@ def adapter_names_explained() -> Iterator[None]:
 
 def check_prompt_goes_on(past_length: int, length: int | None) -> None:
     """
-    Raises a `ValueError` where a prompt, of `length` tokens with the `past_length` that the cache holds, brings
-    nothing new, and so does not go on from them.
+    Raises a `ValueError` if a prompt of `length` tokens, including the `past_length` that the cache holds, brings
+    nothing new, and so does not continue the cached text.
     """
     if past_length and length is not None and length <= past_length:
         raise ValueError(

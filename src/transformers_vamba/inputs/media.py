@@ -88,11 +88,11 @@ def group_media_by_row(
         video_timestamps_ms (`torch.LongTensor` of shape `(num_steps,)`, *optional*):
             When each step of time of the videos begins, one video after another, in milliseconds; -1 if not known.
         mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            1 where the prompt has an image, 2 where it has a video. Without it a row's images come before its videos.
+            1 for an image's place in the prompt, 2 for a video's. Without it, a row's images come before its videos.
 
     Raises:
         TypeError: for an input that is no tensor, or one of another kind.
-        ValueError: where the inputs contradict one another, naming both sides.
+        ValueError: if the inputs contradict one another, naming both sides.
     """
     if mm_token_type_ids is not None:
         check_tensor("mm_token_type_ids", mm_token_type_ids, False, (batch_size, "sequence_length"))
@@ -136,7 +136,10 @@ def group_media_by_row(
 def _restore_rows(
     sample_ids: torch.Tensor | None, grid_thw: torch.Tensor | None, marks: torch.Tensor
 ) -> torch.Tensor | None:
-    """The rows of the marks, where `sample_ids` are left out, or are those of single rows put one behind the other."""
+    """
+    Infers the row of each medium from the marks if `sample_ids` are missing, or if they were made row by row and then
+    concatenated.
+    """
     if grid_thw is None or (sample_ids is not None and sample_ids.any()):
         return sample_ids
     rows = marks.nonzero()[:, 0]
@@ -231,8 +234,8 @@ def _split_timestamps(
 
 def distinct_videos(media: list[list[Medium]]) -> tuple[list[list[Medium]], list[int | None]]:
     """
-    The media of each row, once for consecutive rows that share them (they are given the same objects), and the index
-    there of what each row reads, `None` for a row without any.
+    The media of the rows, listed once for consecutive rows that share them (they hold the same objects), and for each
+    row the index of its media in that list, `None` for a row without any.
     """
     videos: list[list[Medium]] = []
     rows: list[int | None] = []

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Samples packed in one row, one behind the other, told apart by positions that start anew with each: Transformers' own
-convention, by which its masks and its flash attention keep packed samples apart as well.
+Samples packed in one row, one after another. Positions that start anew tell them apart: Transformers' own convention,
+by which its masks and its flash attention separate packed samples as well.
 """
 
 import torch
@@ -17,13 +17,13 @@ def starts_of_samples(
     use_cache: bool | None = None,
 ) -> torch.Tensor | None:
     """
-    Where a sample begins in a row that may be packed: `(1, sequence_length)`, true where a position does not follow
-    the one before it. `None` for what cannot be packed: as in Transformers, that is anything but a single row with
-    positions and without an attention mask or a cache.
+    Marks the first token of each sample in a row that may be packed: `(1, sequence_length)`, true if a position does
+    not follow the one before it. `None` if nothing can be packed: as in Transformers, packing needs a single row with
+    positions, and neither an attention mask nor a cache.
 
     Args:
         position_ids (`torch.LongTensor` of shape `(1, sequence_length)`, *optional*):
-            Positions of the text; where there are several axes, in front, the first counts.
+            Positions of the text; of several axes, in front, the first counts.
         batch_size (`int`): Number of rows.
         attention_mask, cache, use_cache: As `forward` gets them.
     """
@@ -38,7 +38,7 @@ def starts_of_samples(
 
 def lengths_of_samples(starts: torch.Tensor | None) -> list[int] | None:
     """
-    The number of tokens of each sample that begins in a row, `None` for less than two. Fetches `starts` from its
+    The number of tokens of each sample that begins in a row, `None` for fewer than two. Fetches `starts` from its
     device, and so waits for it.
     """
     if starts is None:
@@ -50,7 +50,7 @@ def lengths_of_samples(starts: torch.Tensor | None) -> list[int] | None:
 
 
 def split_marks(mm_token_type_ids: torch.Tensor, sample_lengths: list[int]) -> torch.Tensor:
-    """The marks of a packed row, `(1, sequence_length)`, as a row a sample, padded with zeros on the right."""
+    """The marks of a packed row, `(1, sequence_length)`, one row per sample, padded with zeros on the right."""
     check_tensor("mm_token_type_ids", mm_token_type_ids, False, (1, sum(sample_lengths)))
     pieces = mm_token_type_ids[0].split(sample_lengths)
     return torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)

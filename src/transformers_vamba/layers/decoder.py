@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer of the decoder: Qwen2-VL's, beside which a video is read by cross-attention and updated by a mixer."""
+"""One layer of the decoder: Qwen2-VL's, plus cross-attention that reads a video and a mixer that updates it."""
 
 import itertools
 from collections.abc import Callable
@@ -156,8 +156,8 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
     """
     One layer of both streams (see [`modeling_vamba`] for the formula; its α is `alpha`).
 
-    The keys and values are of the video as it enters the layer. The last layer's mixer has weights in the checkpoint,
-    but nobody reads what it would give, so it does not run.
+    Keys and values are made of the video as it enters the layer. The last layer's mixer has weights in the checkpoint,
+    but nothing reads its output, so it does not run.
     """
 
     def __init__(self, config: VambaTextConfig, layer_idx: int):
@@ -210,7 +210,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The text.
             video_states (`torch.Tensor` of shape `(1, num_tokens, hidden_size)`, *optional*):
                 The videos, one after another, if they go through the decoder together with the text.
-            video_context ([`VideoContext`], *optional*): Who reads which video; `None` if nobody reads any.
+            video_context ([`VideoContext`], *optional*): Which rows read which video; `None` if no row reads any.
             kwargs: For the self-attention, as in [`Qwen2VLAttention`].
 
         Returns:

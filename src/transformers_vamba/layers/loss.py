@@ -38,15 +38,15 @@ def loss_without_logits(
     **kwargs,
 ) -> torch.Tensor:
     """
-    What `loss_function` makes of all logits, from those of the labelled positions, a chunk at a time, each computed
-    again in the backward pass.
+    The loss that `loss_function` gives for all logits. Only those of labelled positions are computed, chunk by chunk,
+    and again in the backward pass.
 
     Args:
         lm_head (`nn.Module`): Makes logits of hidden states.
         loss_function (`Callable`): A loss of Transformers for next tokens, with `logits` and `shift_labels`.
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The decoder's output.
-        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Ids, -100 where there is nothing to
-            predict; not shifted.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Ids, -100 for positions without a
+            label; not shifted.
         num_items_in_batch (`torch.Tensor` or `int`): Divides the sum of the losses.
         shift_labels (`torch.LongTensor`, *optional*): `labels`, shifted before.
         kwargs: For `loss_function`.

@@ -175,7 +175,7 @@ class VambaVisionMixer(nn.Module):
         Runs any number of tokens, in stretches that hand on their state.
 
         Args:
-            video_states (`torch.Tensor` of shape `(1, num_tokens, hidden_size)`): Sequences one behind the other.
+            video_states (`torch.Tensor` of shape `(1, num_tokens, hidden_size)`): Sequences, one after another.
             lengths (`list[int]`): Length of each sequence; together `num_tokens`.
             state ([`MambaState`], *optional*): Where the first sequence left off, if it has begun before.
             checkpoint (`Callable`, *optional*): Runs a stretch and computes it again in the backward pass.
@@ -213,7 +213,7 @@ class VambaVisionMixer(nn.Module):
         return *state, log_decay
 
     def _mix(self, lengths: list[int], residual: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The tokens of a stretch and the two tensors of the state behind it."""
+        """The tokens of a stretch and the two tensors of the state after it."""
         hidden_states, last_state = self.mixer(self.norm(residual), lengths, MambaState(*state) if state else None)
         return residual + hidden_states, *last_state
 

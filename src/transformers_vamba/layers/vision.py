@@ -60,11 +60,11 @@ class VambaVisionAttention(VisionAttention):
         Attention of the patches of each frame among themselves.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(num_patches, embed_dim)`): The frames, one behind the other.
+            hidden_states (`torch.Tensor` of shape `(num_patches, embed_dim)`): The frames, one after another.
             cu_seqlens (`torch.IntTensor` of shape `(num_frames + 1,)`): Where each frame begins and ends.
             position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines, `(num_patches, head_dim)`.
             max_seqlen (`int`, *optional*): Patches of the largest frame.
-            frame_length (`int`, *optional*): Patches of every frame, where all have the same number.
+            frame_length (`int`, *optional*): Patches per frame, if all have the same number.
         """
         if frame_length is None:
             return super().forward(hidden_states, cu_seqlens, position_embeddings, max_seqlen=max_seqlen, **kwargs)

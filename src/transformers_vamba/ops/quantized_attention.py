@@ -64,8 +64,8 @@ def attend_quantized(
     scaling: float,
 ) -> torch.Tensor:
     """
-    Attention without a mask over keys and values in 8 bits. A head at a time is brought back to full size, except for
-    few queries on a CUDA device, which read the 8 bits (see `ops.flash_decoding`).
+    Attention without a mask over keys and values in 8 bits. One head at a time is converted to full size. Few queries
+    on a CUDA device read the 8 bits instead (see `ops.flash_decoding`).
 
     What all keys have in common adds the same to every score of a query, which the softmax takes off again: the centre
     of the keys is left out. The weights of the values sum to 1: their centre is added to what comes out.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scan's kernels of the backward pass, which also takes `carry` of the forward pass. Imported where Triton is."""
+"""The scan's kernels of the backward pass, which also uses the forward pass's `carry`. Imported if Triton is there."""
 
 from .scan_forward import UNSPECIALIZED, chunk_of, load_rows, load_state
 from .triton_support import tl, triton
@@ -37,7 +37,7 @@ def grad_of_inputs(
     PRECISION: tl.constexpr,
 ):
     """
-    The gradient of `x` of one head for a block of tokens, and that of their time steps but for the decays. What
+    The gradient of `x` of one head for a block of tokens, and that of their time steps without the decays. What
     passes from token j to token i has a share m_ij in the loss's gradient of every decay between the two: the
     sums over i and over j, of the same numbers, are what `grad_of_steps` makes that gradient of.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scan's kernels of the forward pass, and what those of the backward pass share. Imported where Triton is."""
+"""The scan's kernels of the forward pass, and what those of the backward pass share. Imported if Triton is there."""
 
 from .triton_support import tl, triton
 
@@ -83,7 +83,7 @@ def carry(
 ):
     """
     One tile of one head's state, from chunk to chunk. Backward: of the gradient of the state after each chunk,
-    with the gradient of the outputs in the place of `x`, and C in that of B.
+    with the gradient of the outputs instead of `x`, and C instead of B.
     """
     head = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1) * TILE_P + tl.arange(0, TILE_P)

@@ -8,7 +8,7 @@ import torch
 
 class MambaState(NamedTuple):
     """
-    Where a Mamba-2 mixer stands behind a stretch of tokens: all it needs to go on with the next.
+    The state of a Mamba-2 mixer after a stretch of tokens: all that it needs to continue with the next.
 
     Args:
         conv (`torch.Tensor` of shape `(1, mamba_d_conv - 1, conv_dim)`): The convolution's last inputs.

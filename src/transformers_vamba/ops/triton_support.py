@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton, where it is installed and works."""
+"""Triton, if it is installed and works."""
 
 import functools
 import threading

@@ -6,7 +6,7 @@ from torch import nn
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """The device on which a module computes: that of its parameters, or where Accelerate takes them from offload."""
+    """The device on which a module computes: that of its parameters, or the one to which Accelerate brings them."""
     device = next(module.parameters()).device
     if device.type != "meta":
         return device

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Gradient checkpointing of two streams. What a layer keeps is dominated by its video, so it is not computed again as a
-whole but in parts, the text's half and the mixer by stretches of video: only one part's activations exist at a time,
-whatever the length of the video. What is kept, the layers' inputs, may wait in host memory.
+Gradient checkpointing of two streams. The video dominates a layer's activations, so a layer is not recomputed as a
+whole but in parts: the text's half, and the mixer by stretches of video. Only one part's activations exist at a time,
+whatever the length of the video. The layers' inputs, which are kept, may wait in host memory.
 """
 
 import functools
@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 from ..cache.storage import copy_stream
 
 
-# Tokens of the video that a mixer computes again at a time: enough to fill a GPU, some 3 GiB at the shapes of the 7B.
+# Tokens of the video that a mixer recomputes at a time: enough to fill a GPU, some 3 GiB at the shapes of the 7B.
 MAX_TOKENS_PER_PART = 2**14
 
 
 def run_in_parts(function: Callable, *args):
-    """In the place of the function that checkpoints a whole layer, for a layer that checkpoints its parts itself."""
+    """Replaces the layer-level checkpoint function in a layer that checkpoints its own parts."""
     return function(*args)
 
 
@@ -186,7 +186,7 @@ class HostCopy:
         return not self._storage.expired() and (self._version, self._dtype) == (tensor._version, tensor.dtype)
 
     def read(self) -> torch.Tensor:
-        """The whole storage, back on its device; and begins to bring the copy that is read next."""
+        """The whole storage, back on its device. Also starts to bring back the copy that is read next."""
         flat = self._bring()
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_event(self._is_back)

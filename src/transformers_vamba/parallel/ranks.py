@@ -36,15 +36,15 @@ def is_sharded(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def copy_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Copies the parameters to a module of the same kind: where ZeRO-3 holds them, each process its own part."""
+    """Copies the parameters to a module of the same kind. Under ZeRO-3 each process copies its own part."""
     for from_parameter, to_parameter in zip(source.parameters(), target.parameters(), strict=True):
         getattr(to_parameter, "ds_tensor", to_parameter).copy_(getattr(from_parameter, "ds_tensor", from_parameter))
 
 
 def count_missing_runs(model: nn.Module, num_runs: int, device: torch.device) -> int:
     """
-    How many runs more than these another process makes of the model, or of a part of it, where the processes share its
-    parameters: as many have to be made here too. Waits for all of them.
+    If the processes share the parameters of the model, or of a part of it: how many more times than `num_runs` another
+    process runs it. This process has to run it as often. Waits for all of them.
     """
     if not is_sharded(model):
         return 0
@@ -72,7 +72,7 @@ def forget_zero_gradients(outputs: torch.Tensor, visual: nn.Module, layers: Any)
     """
 
     def forget():
-        # Listed now: while they run, FSDP has other parameters in the place of its parts.
+        # Listed now: while they run, FSDP replaces its parts by other parameters.
         parts = [visual, *(part for layer in layers for part in (layer.cross_attn, layer.vision_mixer))]
         of_media = [layer.alpha for layer in layers] + [each for part in parts for each in part.parameters()]
         unread = list(layers[-1].vision_mixer.parameters())

@@ -73,17 +73,17 @@ class VambaDataCollator:
         image_edges (`tuple[int, int]`, *optional*):
             Least shorter edge and greatest longer edge of an image, in pixels, as `size` is for the frames of a video.
 
-    A batch has these entries, the last ones where there are any media:
+    A batch has these entries, the last ones only if there are media:
 
     - **input_ids**, **labels**, **mm_token_type_ids** -- int64 of shape (rows, tokens), with `packing` (1, tokens of
-      all rows). Labels are -100 where there is nothing to learn, and at the first token of each row.
+      all rows). Labels are -100 for tokens that are not learned, and at the first token of each row.
     - **attention_mask** -- int64 of shape (rows, tokens), padded on the right. Not with `packing`.
     - **position_ids** -- int64 of shape (1, tokens of all rows), starting at 0 with each row. With `packing` only.
     - **pixel_values**, **image_grid_thw**, **pixel_values_videos**, **video_grid_thw** -- as the processor gives them.
     - **image_sample_ids**, **video_sample_ids** -- int64 of shape (images,) and (videos,): the row that each belongs
-      to. With `packing`, its place among the rows that were put into one. Where rows share one, of shape (..., 2): the
+      to. With `packing`, its place among the rows that were put into one. If rows share one, of shape (..., 2): the
       first and the last row that it belongs to.
-    - **top_k_values**, **top_k_indices** -- of shape (labels of all rows, k), where the rows have these columns, each
+    - **top_k_values**, **top_k_indices** -- of shape (labels of all rows, k), if the rows have these columns, each
       of shape (labels of the row, k): a teacher's logits, for [`~training.distillation.VambaDistillationTrainer`].
 
     Raises:
@@ -103,8 +103,8 @@ class VambaDataCollator:
         if self.on_error not in ("raise", "skip"):
             raise ValueError(f"`on_error` must be 'raise' or 'skip', got {self.on_error!r}.")
         check_modality_kwargs(self.processor_kwargs)
-        # What is wrong for every row is no matter of a row. The processor takes the arguments of a modality outside of
-        # its dictionary as well.
+        # An error that concerns every row is raised now. The processor takes a modality's arguments outside of its
+        # dictionary as well.
         VambaVideoProcessor.choose_sampling(
             {**self.processor_kwargs, **self.processor_kwargs.get("videos_kwargs", {})}
         )
@@ -124,7 +124,7 @@ class VambaDataCollator:
         return self._collate([sample or self._blank_row() for sample in samples])
 
     def _prepare_rows(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any] | None], Exception | None]:
-        """What is made of each row, `None` where that fails, and the last error of these."""
+        """The inputs of each row, `None` if that fails, and the last of these errors."""
         samples: list[dict[str, Any] | None] = []
         last_error = None
         first: dict[str, Any] | None = None
@@ -275,7 +275,7 @@ class VambaDataCollator:
         }
 
     def _collate(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The batch of what the rows have become."""
+        """Batches the prepared rows."""
         batch = self._pack(samples) if self.packing else self._pad(samples)
         for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
             if media := [sample[name] for sample in samples if name in sample]:
@@ -341,7 +341,7 @@ def _fill_in_media(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _fill_in_part(part: dict[str, Any], columns: dict[str, Iterator]) -> dict[str, Any]:
-    """One part of a message. What nobody would read of it is an error: it would be trained on without that."""
+    """One part of a message. A key that nothing reads is an error: training would go on without it."""
     if part.get("type") == "image_url" and part.keys() == {"type", "image_url"}:  # OpenAI's
         url = part["image_url"]
         part = {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
@@ -350,7 +350,7 @@ def _fill_in_part(part: dict[str, Any], columns: dict[str, Iterator]) -> dict[st
         raise ValueError(f"the `type` of a part of a message must be one of {tuple(READ)}, got {medium!r}.")
     if unread := sorted(part.keys() - READ[medium] - {"type"}):
         raise ValueError(
-            f"nothing reads {unread} of a part of type {medium!r}. How files are read and sampled is said by "
+            f"nothing reads {unread} of a part of type {medium!r}. Say how files are read and sampled in "
             "`processor_kwargs`, for all rows."
         )
     if medium == "text":

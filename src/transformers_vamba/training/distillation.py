@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation from a teacher: from its stored top-k logits, as published, or from a Qwen2-VL that looks on."""
+"""Distillation from a teacher: from its stored top-k logits, as published, or from a Qwen2-VL that runs alongside."""
 
 from collections.abc import Iterator
 from itertools import accumulate
@@ -20,7 +20,7 @@ def distillation_loss(
     num_items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """
-    The published loss: KL divergence of the student from the teacher, among the teacher's k likeliest tokens alone.
+    The published loss: KL divergence of the student from the teacher, over the teacher's k likeliest tokens only.
 
     Args:
         logits (`torch.Tensor` of shape `(num_tokens, vocab_size)`): The student's.
@@ -119,8 +119,8 @@ class VambaDistillationTrainer(VambaTrainer):
 
 def qwen2_vl_samples(inputs, kept: torch.Tensor, config) -> Iterator[dict[str, torch.Tensor]]:
     """
-    What Qwen2-VL is given where Vamba is given a batch of [`VambaDataCollator`], one sample at a time: the same text,
-    with a token for each that the vision tower makes of an image or a video.
+    Qwen2-VL's inputs for a batch of [`VambaDataCollator`], one sample at a time: the same text, with as many
+    placeholders for each image or video as the vision tower makes tokens of it.
 
     Args:
         inputs (`dict[str, torch.Tensor]`): The batch, padded or packed.
@@ -140,7 +140,7 @@ def qwen2_vl_samples(inputs, kept: torch.Tensor, config) -> Iterator[dict[str, t
 
     for i, (row, span) in enumerate(spans):
         marks = inputs["mm_token_type_ids"][row, span]
-        tokens_after = torch.zeros_like(marks)  # that the teacher reads behind each of the student's
+        tokens_after = torch.zeros_like(marks)  # that the teacher reads after each of the student's
         sample: dict[str, torch.Tensor] = {}
         for mark, ((pixels_name, grid_name), media_of_samples) in media.items():
             if not media_of_samples[i]:
@@ -148,7 +148,7 @@ def qwen2_vl_samples(inputs, kept: torch.Tensor, config) -> Iterator[dict[str, t
             pixels, grids, _ = zip(*media_of_samples[i])
             sample |= {pixels_name: torch.cat(pixels), grid_name: torch.tensor(grids, device=marks.device)}
             tokens_after[marks == mark] = sample[grid_name].prod(1) // config.vision_config.spatial_merge_size**2
-        # The student's tokens, and behind each as many copies of it; then the copies become placeholders.
+        # The student's tokens, and after each as many copies of it; then the copies become placeholders.
         positions = torch.arange(len(marks), device=marks.device).repeat_interleave(1 + tokens_after)
         is_own = F.pad(positions[1:] != positions[:-1], (1, 0), value=True)
         types = marks[positions].masked_fill(is_own, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parts of a Vamba are trained, in the two published stages and by LoRA, and where a killed run goes on."""
+"""Which parts of a Vamba are trained, in the two published stages and by LoRA, and where a killed run resumes."""
 
 import os
 from pathlib import Path
@@ -18,8 +18,8 @@ STAGE_PARTS = {
 
 def train_parts(model: PreTrainedModel, parts: tuple[str, ...]) -> list[str]:
     """
-    Freezes all of a model but some parts. The mixer of the last layer stays frozen among them: nobody reads what it
-    gives, so no gradient would reach it, which `DistributedDataParallel` takes for an error.
+    Trains some parts of a model and freezes the rest. The last layer's mixer stays frozen in any case: nothing reads
+    its output, so it would get no gradient, which is an error for `DistributedDataParallel`.
 
     Args:
         model ([`VambaForConditionalGeneration`]): The model, changed in place.
@@ -36,7 +36,7 @@ def train_parts(model: PreTrainedModel, parts: tuple[str, ...]) -> list[str]:
     trained = []
     for part in parts:
         found = False
-        # Under both of its names, where `lm_head` is the embedding.
+        # Under both of its names, if `lm_head` is the embedding.
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if f".{part}." in f".{name}.":
                 found = True
@@ -51,8 +51,8 @@ def train_parts(model: PreTrainedModel, parts: tuple[str, ...]) -> list[str]:
 def lora_target_modules(config: PreTrainedConfig) -> str:
     """
     The recommended `target_modules` of a PEFT adapter, as a regular expression: every linear layer of the decoder,
-    cross-attention and mixers included, but the last layer's mixer, which nobody reads. The vision tower and `lm_head`
-    stay as they are.
+    cross-attention and mixers included, except the last layer's mixer, whose output nothing reads. The vision tower
+    and `lm_head` stay as they are.
 
     Args:
         config ([`VambaConfig`]): The model's configuration.
@@ -66,7 +66,7 @@ def lora_target_modules(config: PreTrainedConfig) -> str:
 def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """
     The last checkpoint of a `Trainer` in a folder, for `trainer.train(resume_from_checkpoint=...)`; `None` if there is
-    none. One that the run was killed in the middle of is left out: it lacks the file that is written at the end.
+    none. A checkpoint whose writing was interrupted is left out: it lacks the file that is written last.
     """
     checkpoints = [state.parent for state in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
     return str(max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))) if checkpoints else None

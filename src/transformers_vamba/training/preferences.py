@@ -12,7 +12,7 @@ from .collator import VambaDataCollator
 @dataclass
 class VambaPreferenceCollator(VambaDataCollator):
     """
-    Makes the batches of TRL's `DPOTrainer`, whose own collator knows images alone:
+    Makes the batches of TRL's `DPOTrainer`, whose own collator takes images only:
 
         args = DPOConfig(remove_unused_columns=False)
         DPOTrainer(model, args=args, data_collator=VambaPreferenceCollator(processor), ...)
@@ -22,7 +22,7 @@ class VambaPreferenceCollator(VambaDataCollator):
     of empty lists if there are none: by it TRL leaves the rows to the collator.
 
     A batch has the entries of [`VambaDataCollator`] for the rows with the chosen answers and, after them, for those
-    with the rejected ones, and in the place of `labels`:
+    with the rejected ones, and instead of `labels`:
 
     - **completion_mask** -- int64 of shape (2 * rows, tokens): 1 at the tokens of the answers.
     """

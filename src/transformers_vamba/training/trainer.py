@@ -18,8 +18,8 @@ WITHOUT_DECAY = re.compile(r"(^|\.)(A_log|D|dt_bias|conv1d|alpha)(\.|$)")
 
 class VambaTrainerMixin:
     """
-    In front of any [`Trainer`]: leaves `A_log`, `D`, `dt_bias`, `conv1d` and `alpha` out of weight decay, and writes a
-    model card with the base and an example with a video.
+    Comes before any [`Trainer`] among the base classes. Leaves `A_log`, `D`, `dt_bias`, `conv1d` and `alpha` out of
+    weight decay, and writes a model card with the base and an example with a video.
 
         class VambaSFTTrainer(VambaTrainerMixin, SFTTrainer): ...
     """
@@ -55,8 +55,8 @@ class VambaTrainer(VambaTrainerMixin, Trainer):
     Args:
         rows_weigh_equally (`bool`, *optional*, defaults to `False`):
             Take the mean loss of each batch of a process, and the mean of these over accumulated batches and
-            processes, as published: with a row a batch, a short answer weighs as much as a long one. By default every
-            token of a step weighs the same.
+            processes, as published: with one row per batch, a short answer weighs as much as a long one. By default
+            every token of a step weighs the same.
         kwargs: As for [`Trainer`].
 
     Raises:
