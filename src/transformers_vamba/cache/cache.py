@@ -228,9 +228,8 @@ class VambaCache(Cache):
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """
-        Writes the videos to a folder: a `cache_config.json`, a safetensors file a decoder layer, and one of
-        the time steps. The text that has
-        been read is not kept. Videos saved there before are replaced once all is written.
+        Writes the videos to a folder: a `cache_config.json`, a safetensors file per decoder layer, and one of the time
+        steps. The text that has been read is not kept. Videos saved there before are replaced once all is written.
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder, made where it is missing.
