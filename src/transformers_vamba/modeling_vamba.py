@@ -45,6 +45,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache.cache import VambaCache
+from .cache.changes import num_kept
 from .cache.layers import VambaVideoLayer
 from .compat import CACHE_NAME, CACHE_NAMES, checked_forward
 from .configuration_vamba import VambaConfig, VambaTextConfig
@@ -303,11 +304,13 @@ class VambaModel(VambaPreTrainedModel):
         cache: VambaCache,
         segment_frames: int = SEGMENT_FRAMES,
         num_remaining_tokens: int = 0,
+        goes_on: bool = False,
     ) -> None:
         """
         Encodes each row's images and videos, in order, behind what the cache holds for that row, `segment_frames`
         frames at a time: vision tower, mixers, keys and values. Sets `cache.rows`. Memory is sized for
-        `num_remaining_tokens` more, which later calls bring. Should it fail, the cache is as it was.
+        `num_remaining_tokens` more, which later calls bring. Should it fail, the cache is as it was. If the cache
+        drops tokens, `goes_on` says that the first of a row's media goes on from the last one before it.
         """
         cache.check_fits(self.config.text_config)
         rows = list(cache.resolve_rows(len(media)))
@@ -324,13 +327,50 @@ class VambaModel(VambaPreTrainedModel):
                         f"Row {row} brings images or videos, but shares its video in the cache with other rows. "
                         "Append to a shared video with `encode_video`, before the batch of questions."
                     )
+                num_tokens = count_tokens(row_media, vision_config.spatial_merge_size) + num_remaining_tokens
+                if cache.follows_changes:
+                    self._encode_changes(row_media, cache, rows[row], max_steps, num_tokens, goes_on)
+                    continue
                 video = cache.videos[rows[row]]
-                num_tokens = count_tokens(row_media, vision_config.spatial_merge_size)
                 for layer_cache in video:
-                    layer_cache.reserve(num_tokens + num_remaining_tokens)
+                    layer_cache.reserve(num_tokens)
                 for segment in split_into_segments(row_media, max_steps):
                     self.language_model.encode_video(self.embed_media(segment), video)
         cache.rows = rows
+
+    def _encode_changes(
+        self,
+        media: list[Medium],
+        cache: VambaCache,
+        video: int,
+        max_steps: int,
+        num_tokens: int,
+        goes_on: bool,
+    ) -> None:
+        """As [`encode_media`], of one row, for a cache that drops the tokens of a video that changed least."""
+        tokens_per_step = (
+            max(math.prod(grid[1:]) for _, grid in media) // self.config.vision_config.spatial_merge_size**2
+        )
+        kept_per_step = num_kept(tokens_per_step, cache.video_pruning_rate)
+        num_tokens = tokens_per_step + num_tokens * kept_per_step // tokens_per_step
+        if cache.max_video_tokens is not None:
+            most = cache.max_video_tokens + max_steps * tokens_per_step
+            num_tokens = max(0, min(num_tokens, most - cache.video_lengths[video]))
+        for layer_cache in cache.videos[video]:
+            layer_cache.reserve(num_tokens)
+        starts = set(itertools.accumulate((t for _, (t, _, _) in media), initial=0)) - ({0} if goes_on else set())
+        step = 0
+        for segment in split_into_segments(media, max_steps):
+            continued = []
+            for _, (t, _, _) in segment:
+                continued.append(step not in starts)
+                step += t
+            embeds, changes = cache.video_changes[video].prune(
+                self.embed_media(segment), segment, continued, cache.video_pruning_rate
+            )
+            self.language_model.encode_video(embeds, cache.videos[video])
+            cache.video_changes[video] = changes
+            cache.thin_out(video)
 
     @checked_forward
     def forward(

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..ops.quantized_attention import QuantizedStates
+from .changes import VideoChanges, check_pruning
 from .layers import VambaVideoLayer, resolve_implementation
 from .saving import SavedVideos, load_videos, save_videos
 
@@ -28,6 +29,8 @@ _FIELDS_THAT_FIT = (
     "mamba_d_head",
     "mamba_n_groups",
 )
+# The arguments of a [`VambaCache`] that say how it keeps videos.
+VIDEO_OPTIONS = ("video_cache_implementation", "video_pruning_rate", "max_video_tokens")
 
 
 class VambaCache(Cache):
@@ -48,10 +51,19 @@ class VambaCache(Cache):
             `"quantized"`: in 8 bits, half the memory for an error of about a hundredth in what the cross-attention
             reads. `"offloaded"`: in the host's memory, and brought to the device a layer at a time, ahead of use, for
             every token that is generated. `"offloaded_quantized"`: both.
+        video_pruning_rate (`float`, *optional*, defaults to 0):
+            The share of each time step of a video, at least 0 and below 1, that is dropped between vision tower and
+            mixers: the tokens that changed least since the time step before. The first time step of a medium stays
+            whole, and so does every image.
+        max_video_tokens (`int`, *optional*):
+            The most tokens that are kept of each video; by default all. When a video is over it, an eighth becomes
+            free: its newest tokens stay, and of those that are older the ones that changed most. The mixers go on as
+            if nothing had been dropped.
 
     Attributes:
         is_video_offloaded (`bool`): Whether the videos are kept in the host's memory.
         videos (`list[list[VambaVideoLayer]]`): The videos, and of each its decoder layers.
+        video_changes (`list[VideoChanges]`): What is known of the changes in each video, if it is pruned or bounded.
         rows (`list[int | None]`, *optional*):
             Index in `videos` of the video that each row of the batch reads, `None` for a row without one. Unset until
             a batch of text has met the cache.
@@ -65,7 +77,12 @@ class VambaCache(Cache):
         config: PreTrainedConfig,
         text_cache: Cache | None = None,
         video_cache_implementation: str | None = None,
+        video_pruning_rate: float | None = None,
+        max_video_tokens: int | None = None,
     ):
+        self.video_pruning_rate = 0.0 if video_pruning_rate is None else video_pruning_rate
+        self.max_video_tokens = max_video_tokens
+        check_pruning(self.video_pruning_rate, max_video_tokens)
         self.video_cache_implementation = video_cache_implementation or "dynamic"
         self._video_layer_class, self.is_video_offloaded = resolve_implementation(self.video_cache_implementation)
         text_config = config.get_text_config(decoder=True)
@@ -80,6 +97,7 @@ class VambaCache(Cache):
             Cache.__init__(self, layers=text_cache.layers, **offloading)
         self.config = text_config
         self.videos: list[list[VambaVideoLayer]] = []
+        self.video_changes: list[VideoChanges] = []
         self.rows: list[int | None] | None = None
         self.is_read = False
         self.step_plan = None  # of the generation that is running, see `generation.captured_step`
@@ -87,13 +105,11 @@ class VambaCache(Cache):
         self.text_ids: torch.LongTensor | None = None
 
     @classmethod
-    def around(
-        cls, config: PreTrainedConfig, text_cache: Cache | None, video_cache_implementation: str | None = None
-    ) -> "VambaCache":
+    def around(cls, config: PreTrainedConfig, text_cache: Cache | None, **video_options) -> "VambaCache":
         """A cache that takes over the layers of a text cache; itself a [`StaticCache`] if that is one."""
         if isinstance(text_cache, StaticCache):
             cls = VambaStaticCache
-        return cls(config, text_cache, video_cache_implementation)
+        return cls(config, text_cache, **video_options)
 
     def __repr__(self):
         return f"{type(self).__name__}(layers={self.layers}, video_lengths={self.video_lengths}, rows={self.rows})"
@@ -102,6 +118,16 @@ class VambaCache(Cache):
     def video_lengths(self) -> list[int]:
         """The number of tokens of each video."""
         return [video[0].get_seq_length() for video in self.videos]
+
+    @property
+    def video_options(self) -> dict[str, str | float | int | None]:
+        """The arguments that say how videos are kept, by name."""
+        return {name: getattr(self, name) for name in VIDEO_OPTIONS}
+
+    @property
+    def follows_changes(self) -> bool:
+        """Whether tokens are dropped by how much they changed."""
+        return self.video_pruning_rate > 0 or self.max_video_tokens is not None
 
     @property
     def max_cache_len(self) -> int:
@@ -137,20 +163,38 @@ class VambaCache(Cache):
         self.videos.append(
             [self._video_layer_class(self.is_video_offloaded) for _ in range(self.config.num_hidden_layers)]
         )
+        self.video_changes.append(VideoChanges())
         return len(self.videos) - 1
 
     @contextmanager
     def keeping_videos(self) -> Iterator[None]:
         """A block of code that adds and extends videos: where it fails or is interrupted, they are as before."""
+        changes = list(self.video_changes)
+        if self.max_video_tokens is not None:
+            # What is thinned out cannot be put back: it is held for as long as the block runs.
+            forks = [[layer.fork() for layer in video] for video in self.videos]
         held = [[(layer.get_seq_length(), layer.mixer_state) for layer in video] for video in self.videos]
         try:
             yield
         except BaseException:
             del self.videos[len(held) :]
+            self.video_changes[:] = changes
+            if self.max_video_tokens is not None:
+                self.videos[:] = forks
+                raise
             for video, states in zip(self.videos, held):
                 for layer, state in zip(video, states):
                     layer.crop(*state)
             raise
+
+    def thin_out(self, video: int) -> None:
+        """Drops tokens of a video, by index in `videos`, that is over `max_video_tokens`."""
+        if self.max_video_tokens is None or self.video_lengths[video] <= self.max_video_tokens:
+            return
+        indices = self.video_changes[video].choose(self.max_video_tokens)
+        for layer in self.videos[video]:
+            layer.select(indices)
+        self.video_changes[video] = self.video_changes[video].select(indices)
 
     def read_videos(
         self, layer_idx: int, rows: list[int | None]
@@ -194,13 +238,15 @@ class VambaCache(Cache):
             for tensor in layer.state_dict().values():
                 torch._dynamo.mark_static_address(tensor, guard=False)
 
-    def check_video_cache_implementation(self, asked: str | None) -> None:
-        """Raises a `ValueError` unless the videos are kept in the way that is asked for, if one is."""
-        if asked is not None and asked != self.video_cache_implementation:
+    def check_video_options(self, **asked) -> None:
+        """Raises a `ValueError` unless videos are kept as these options ask for, as far as they do."""
+        wrong = {name: value for name, value in asked.items() if value not in (None, getattr(self, name))}
+        if wrong:
+            given = ", ".join(f"`{name}` is {value!r}" for name, value in wrong.items())
+            has = ", ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
             raise ValueError(
-                f"`video_cache_implementation` is {asked!r}, but the cache given as `cache` keeps its "
-                f"videos {self.video_cache_implementation!r}. Leave it out, or make the cache with "
-                f"`VambaCache(model.config, video_cache_implementation={asked!r})`."
+                f"{given}, but the cache given as `cache` was made with {has}. Leave it out, or make the cache with "
+                f"`VambaCache(model.config, {', '.join(f'{name}={value!r}' for name, value in wrong.items())})`."
             )
 
     def check_fits(self, config: PreTrainedConfig) -> None:
@@ -221,7 +267,7 @@ class VambaCache(Cache):
         Args:
             save_directory (`str` or `os.PathLike`): The folder, made where it is missing.
         """
-        videos = SavedVideos(self.videos, self.rows, self.video_cache_implementation)
+        videos = SavedVideos(self.videos, self.rows, self.video_options, self.video_changes)
         save_videos(save_directory, self.config, videos)
 
     @classmethod
@@ -246,8 +292,8 @@ class VambaCache(Cache):
             `ValueError`: for files that are damaged, of different saves, or do not hold the same videos.
         """
         config, saved = load_videos(save_directory, torch.device(device), video_cache_implementation)
-        cache = cls(config, video_cache_implementation=saved.implementation)
-        cache.videos, cache.rows = saved.videos, saved.rows
+        cache = cls(config, **saved.options)
+        cache.videos, cache.rows, cache.video_changes = saved.videos, saved.rows, saved.changes
         return cache
 
     def fork(self) -> "VambaCache":
@@ -259,6 +305,7 @@ class VambaCache(Cache):
         # A dynamic layer never writes into a tensor that it holds; a static one does.
         fork.layers = [copy.deepcopy(layer) if layer.is_compileable else copy.copy(layer) for layer in self.layers]
         fork.videos = [[layer.fork() for layer in video] for video in self.videos]
+        fork.video_changes = list(self.video_changes)
         fork.rows = None if self.rows is None else list(self.rows)
         fork.step_plan = None
         return fork
@@ -278,12 +325,13 @@ class VambaCache(Cache):
                 layer.device = layer.keys.device
         for layer in itertools.chain(*self.videos):
             layer.to(torch.device(device))
+        self.video_changes = [changes.to(torch.device(device)) for changes in self.video_changes]
         return self
 
     def reset(self) -> None:
         """Forgets the text and the videos."""
         super().reset()
-        self.videos, self.rows, self.text_ids = [], None, None
+        self.videos, self.video_changes, self.rows, self.text_ids = [], [], None, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.step_plan is not None and self.step_plan.step is not None:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Processed videos on disk: a `cache_config.json`, and one safetensors file per decoder layer.
+Processed videos on disk: a `cache_config.json`, and one safetensors file per decoder layer. If the cache drops tokens,
+one more file says by what they are chosen.
 
 A folder may come from a stranger or be what an interrupted save left. So all that a cache relies on is checked, in the
 headers of the files, before anything is allocated: every file carries the id of the save that wrote it.
 """
 
 import json
+import math
 import os
 import uuid
 from pathlib import Path
@@ -18,11 +20,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..configuration_vamba import VambaTextConfig
+from .changes import VideoChanges, check_pruning
 from .layers import VambaVideoLayer, resolve_implementation
 
 
 CACHE_CONFIG_NAME = "cache_config.json"
 FIELDS = {"num_videos": int, "rows": (list, type(None)), "video_cache_implementation": str, "text_config": dict}
+# Fields that folders of earlier versions lack, and what they mean there.
+LATER_FIELDS = {
+    "video_pruning_rate": ((int, float), 0.0),
+    "max_video_tokens": ((int, type(None)), None),
+    "grid_sizes": (list, []),
+}
+CHANGES_NAME = "changes.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -33,12 +43,14 @@ class SavedVideos(NamedTuple):
     Args:
         videos (`list[list[VambaVideoLayer]]`): The videos, and of each its decoder layers.
         rows (`list[int | None]`, *optional*): The video that each row of the batch reads.
-        implementation (`str`): The cache's `video_cache_implementation`.
+        options (`dict`): The cache's `video_options`.
+        changes (`list[VideoChanges]`): What is known of the changes in each video.
     """
 
     videos: list[list[VambaVideoLayer]]
     rows: list[int | None] | None
-    implementation: str
+    options: dict
+    changes: list[VideoChanges]
 
 
 class Header(NamedTuple):
@@ -67,7 +79,8 @@ def save_videos(save_directory: str | os.PathLike, config: VambaTextConfig, vide
         "cache_id": cache_id,
         "num_videos": len(videos.videos),
         "rows": None if videos.rows is not None and set(videos.rows) == {0} else videos.rows,
-        "video_cache_implementation": videos.implementation,
+        **videos.options,
+        "grid_sizes": [changes.size for changes in videos.changes],
         "text_config": config.to_dict(),
     }
     # What is there already may be what this cache reads, and stays whole until the last file is written.
@@ -79,12 +92,19 @@ def save_videos(save_directory: str | os.PathLike, config: VambaTextConfig, vide
                 for name, tensor in layer.state_dict().items()
             }
             save_file(tensors, layer_file(Path(new_folder), layer_idx), metadata={"cache_id": cache_id})
+        tensors = {
+            f"{video}.{name}": tensor.contiguous()
+            for video, changes in enumerate(videos.changes)
+            for name, tensor in changes.state_dict().items()
+        }
+        if tensors:
+            save_file(tensors, Path(new_folder) / CHANGES_NAME, metadata={"cache_id": cache_id})
         (Path(new_folder) / CACHE_CONFIG_NAME).write_text(json.dumps(content, indent=2, default=str) + "\n")
         written = {path.name for path in Path(new_folder).iterdir()}
         for name in sorted(written):
             (Path(new_folder) / name).replace(folder / name)
-    for path in folder.glob("layer-*.safetensors"):  # of a deeper model
-        if path.name not in written:
+    for path in folder.glob("*.safetensors"):  # of a deeper model, or of a cache that dropped tokens
+        if path.name not in written and (path.name.startswith("layer-") or path.name == CHANGES_NAME):
             path.unlink()
 
 
@@ -111,7 +131,36 @@ def load_videos(
             layer = saved_class(offloading)
             layer.load_state_dict(states, device)
             layers.append(layer if saved_class is layer_class else layer_class.convert(layer, offloading))
-    return config, SavedVideos(videos, content["rows"], implementation)
+    options = {name: content[name] for name in ("video_pruning_rate", "max_video_tokens")}
+    changes = [VideoChanges() for _ in videos]
+    if content["video_pruning_rate"] or content["max_video_tokens"] is not None:
+        lengths = [layers[0].get_seq_length() for layers in videos]
+        check_changes(folder / CHANGES_NAME, content, config, lengths)
+        tensors = load_file(folder / CHANGES_NAME, device=str(device)) if videos else {}
+        changes = [
+            VideoChanges(tensors[f"{video}.last_step"], tuple(size), tensors[f"{video}.importance"])
+            for video, size in enumerate(content["grid_sizes"])
+        ]
+    options["video_cache_implementation"] = implementation
+    return config, SavedVideos(videos, content["rows"], options, changes)
+
+
+def check_changes(path: Path, content: dict, config: VambaTextConfig, lengths: list[int]) -> None:
+    """Raises a `ValueError` unless the file says of every token of videos of these lengths how much it changed."""
+    sizes = content["grid_sizes"]
+    if len(sizes) != len(lengths):
+        raise damaged(path.with_name(CACHE_CONFIG_NAME), f"has {len(sizes)} grid_sizes for {len(lengths)} videos")
+    headers = read_headers(path, content.get("cache_id")) if lengths else {}
+    for video, (size, num_tokens) in enumerate(zip(sizes, lengths)):
+        last_step, importance = (headers.get(f"{video}.{name}") for name in ("last_step", "importance"))
+        if importance != Header("F32", (num_tokens,)):
+            raise damaged(path, f"has importance {importance} for the {num_tokens} tokens of video {video}")
+        is_step = last_step is not None and last_step.dtype in FLOATS and last_step.shape[1:] == (config.hidden_size,)
+        # The vision tower merges squares of patches.
+        if not is_step or not last_step.shape[0] or math.prod(size) % last_step.shape[0]:
+            raise damaged(path, f"has the last step {last_step} of grid {size} for video {video}")
+    if len(headers) != 2 * len(lengths):
+        raise damaged(path, f"holds {len(headers)} tensors for {len(lengths)} videos")
 
 
 def read_cache_config(path: Path) -> dict:
@@ -127,13 +176,21 @@ def read_cache_config(path: Path) -> dict:
     for name, kind in FIELDS.items():
         if not isinstance(content[name], kind) or isinstance(content[name], bool):
             raise damaged(path, f"has a {name} of type {type(content[name]).__name__}")
+    for name, (kind, default) in LATER_FIELDS.items():
+        if not isinstance(content.setdefault(name, default), kind) or isinstance(content[name], bool):
+            raise damaged(path, f"has a {name} of type {type(content[name]).__name__}")
     num_videos, rows = content["num_videos"], content["rows"]
     if num_videos < 0:
         raise damaged(path, f"says {num_videos} videos")
     for row in rows or []:
         if row is not None and (type(row) is not int or not 0 <= row < num_videos):
             raise damaged(path, f"has a row that reads video {row!r} of {num_videos}")
+    for size in content["grid_sizes"]:
+        is_pair = isinstance(size, list) and len(size) == 2
+        if size is not None and not (is_pair and all(type(edge) is int and edge > 0 for edge in size)):
+            raise damaged(path, f"has a grid size {size!r}")
     try:
+        check_pruning(content["video_pruning_rate"], content["max_video_tokens"])
         resolve_implementation(content["video_cache_implementation"])
     except ValueError as error:
         raise damaged(path, f"is of another version ({error})") from error
