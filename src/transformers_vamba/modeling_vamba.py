@@ -354,7 +354,8 @@ class VambaModel(VambaPreTrainedModel):
         kept_per_step = num_kept(tokens_per_step, cache.video_pruning_rate)
         num_tokens = tokens_per_step + num_tokens * kept_per_step // tokens_per_step
         if cache.max_video_tokens is not None:
-            most = cache.max_video_tokens + max_steps * tokens_per_step
+            steps_at_once = min(max_steps, sum(t for _, (t, _, _) in media))
+            most = cache.max_video_tokens + tokens_per_step + (steps_at_once - 1) * kept_per_step
             num_tokens = max(0, min(num_tokens, most - cache.video_lengths[video]))
         for layer_cache in cache.videos[video]:
             layer_cache.reserve(num_tokens)

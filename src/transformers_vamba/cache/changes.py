@@ -24,9 +24,9 @@ def num_kept(num_tokens: int, rate: float) -> int:
     return max(1, num_tokens - math.floor(round(num_tokens * rate, 6)))
 
 
-def count_kept(num_steps: int, num_tokens: int, rate: float) -> int:
-    """How many tokens pruning keeps of a medium of `num_steps` time steps, the first of which stays whole."""
-    return num_tokens + (num_steps - 1) * num_kept(num_tokens, rate)
+def num_left(max_video_tokens: int) -> int:
+    """How many tokens a cache with this budget has left after it has been thinned out."""
+    return max_video_tokens - max_video_tokens // FREED_AT_ONCE
 
 
 def check_pruning(video_pruning_rate: float, max_video_tokens: int | None) -> None:
@@ -105,7 +105,7 @@ class VideoChanges:
         The indices, in order, of the tokens that a cache over this budget keeps, seven eighths of it: as a quarter of
         them the newest, and of what is older the most important; of equally important ones the newer.
         """
-        num_tokens = max_video_tokens - max_video_tokens // FREED_AT_ONCE
+        num_tokens = num_left(max_video_tokens)
         num_new = num_tokens // KEPT_FOR_AGE
         num_old = len(self.importance) - num_new
         newest_first = self.importance[:num_old].flip(0)
