@@ -96,7 +96,7 @@ def reference_logits(
     theta = model.config.text_config.rope_parameters["rope_theta"]
     video = None
     if media:
-        towers = [model.model.visual(pixels.double(), grid_thw=torch.tensor([grid])) for pixels, grid in media]
+        towers = [model.model.visual(pixels.double(), grid_thw=torch.tensor([grid])) for pixels, grid, *_ in media]
         video = torch.cat([tower.pooler_output for tower in towers])
 
     text = decoder.embed_tokens.weight[input_ids]

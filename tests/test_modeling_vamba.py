@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Qwe
 from transformers import Qwen2VLForConditionalGeneration as Qwen2VL
 
 from transformers_vamba import VambaCache, VambaConfig, VambaForConditionalGeneration, VambaModel, VambaTextModel
+from transformers_vamba.inputs.media import Medium
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_frames_of_one_size_are_a_batch_of_the_vision_tower(model, grids):
     with torch.no_grad():
         expected = torch.cat(model.get_video_features(**video).pooler_output)
         pixels = video["pixel_values_videos"].split([t * h * w for t, h, w in grids])
-        embeds = model.model.embed_media(list(zip(pixels, grids)))[0]
+        embeds = model.model.embed_media(list(map(Medium, pixels, grids)))[0]
     torch.testing.assert_close(embeds, expected, atol=1e-5, rtol=1e-4)
 
 

@@ -45,7 +45,6 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache.cache import VambaCache
-from .cache.changes import num_kept
 from .cache.layers import VambaVideoLayer
 from .compat import CACHE_NAME, CACHE_NAMES, checked_forward
 from .configuration_vamba import VambaConfig, VambaTextConfig
@@ -304,13 +303,11 @@ class VambaModel(VambaPreTrainedModel):
         cache: VambaCache,
         segment_frames: int = SEGMENT_FRAMES,
         num_remaining_tokens: int = 0,
-        goes_on: bool = False,
     ) -> None:
         """
         Encodes each row's images and videos, in order, behind what the cache holds for that row, `segment_frames`
         frames at a time: vision tower, mixers, keys and values. Sets `cache.rows`. Memory is sized for
-        `num_remaining_tokens` more, which later calls bring. Should it fail, the cache is as it was. If the cache
-        drops tokens, `goes_on` says that the first of a row's media goes on from the last one before it.
+        `num_remaining_tokens` more, which later calls bring. Should it fail, the cache is as it was.
         """
         cache.check_fits(self.config.text_config)
         rows = list(cache.resolve_rows(len(media)))
@@ -327,50 +324,29 @@ class VambaModel(VambaPreTrainedModel):
                         f"Row {row} brings images or videos, but shares its video in the cache with other rows. "
                         "Append to a shared video with `encode_video`, before the batch of questions."
                     )
-                num_tokens = count_tokens(row_media, vision_config.spatial_merge_size) + num_remaining_tokens
-                if cache.follows_changes:
-                    self._encode_changes(row_media, cache, rows[row], max_steps, num_tokens, goes_on)
-                    continue
-                video = cache.videos[rows[row]]
-                for layer_cache in video:
-                    layer_cache.reserve(num_tokens)
-                for segment in split_into_segments(row_media, max_steps):
-                    self.language_model.encode_video(self.embed_media(segment), video)
+                self._append_media(row_media, cache, rows[row], max_steps, num_remaining_tokens)
         cache.rows = rows
 
-    def _encode_changes(
-        self,
-        media: list[Medium],
-        cache: VambaCache,
-        video: int,
-        max_steps: int,
-        num_tokens: int,
-        goes_on: bool,
+    def _append_media(
+        self, media: list[Medium], cache: VambaCache, video: int, max_steps: int, num_remaining_tokens: int
     ) -> None:
-        """As [`encode_media`], of one row, for a cache that drops the tokens of a video that changed least."""
-        tokens_per_step = (
-            max(math.prod(grid[1:]) for _, grid in media) // self.config.vision_config.spatial_merge_size**2
-        )
-        kept_per_step = num_kept(tokens_per_step, cache.video_pruning_rate)
-        num_tokens = tokens_per_step + num_tokens * kept_per_step // tokens_per_step
-        if cache.max_video_tokens is not None:
-            steps_at_once = min(max_steps, sum(t for _, (t, _, _) in media))
-            most = cache.max_video_tokens + tokens_per_step + (steps_at_once - 1) * kept_per_step
-            num_tokens = max(0, min(num_tokens, most - cache.video_lengths[video]))
-        for layer_cache in cache.videos[video]:
-            layer_cache.reserve(num_tokens)
-        starts = set(itertools.accumulate((t for _, (t, _, _) in media), initial=0)) - ({0} if goes_on else set())
-        step = 0
+        """As [`~VambaModel.encode_media`], of one row: its media go to the video of this index in the cache."""
+        merge_size = self.config.vision_config.spatial_merge_size
+        largest_step = max(math.prod(each.grid[1:]) for each in media) // merge_size**2
+        steps_at_once = min(max_steps, sum(each.grid[0] for each in media))
+        num_tokens = count_tokens(media, merge_size) + num_remaining_tokens
+        cache.reserve(video, num_tokens, largest_step, steps_at_once)
         for segment in split_into_segments(media, max_steps):
-            continued = []
-            for _, (t, _, _) in segment:
-                continued.append(step not in starts)
-                step += t
-            embeds, changes = cache.video_changes[video].prune(
-                self.embed_media(segment), segment, continued, cache.video_pruning_rate
-            )
+            steps, embeds = cache.steps_of(video), self.embed_media(segment)
+            tokens_per_step = [math.prod(each.grid[1:]) // merge_size**2 for each in segment]
+            if cache.follows_changes:
+                embeds, tokens_per_step, cache.changes[video] = cache.changes_of(video).prune(
+                    embeds, segment, cache.video_pruning_rate
+                )
             self.language_model.encode_video(embeds, cache.videos[video])
-            cache.video_changes[video] = changes
+            for each, num_tokens in zip(segment, tokens_per_step):
+                steps = steps.append(each.grid[0], num_tokens, each.timestamps_ms)
+            cache.steps[video] = steps
             cache.thin_out(video)
 
     @checked_forward
@@ -389,6 +365,7 @@ class VambaModel(VambaPreTrainedModel):
         mm_token_type_ids: torch.IntTensor | None = None,
         image_sample_ids: torch.LongTensor | None = None,
         video_sample_ids: torch.LongTensor | None = None,
+        video_timestamps_ms: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPast:
         """See [`VambaForConditionalGeneration.forward`]."""
@@ -413,6 +390,7 @@ class VambaModel(VambaPreTrainedModel):
             pixel_values_videos=pixel_values_videos,
             video_grid_thw=video_grid_thw,
             video_sample_ids=video_sample_ids,
+            video_timestamps_ms=video_timestamps_ms,
             mm_token_type_ids=mm_token_type_ids,
         )
         if self.sequence_parallel_group is not None:
@@ -527,6 +505,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
         mm_token_type_ids: torch.IntTensor | None = None,
         image_sample_ids: torch.LongTensor | None = None,
         video_sample_ids: torch.LongTensor | None = None,
+        video_timestamps_ms: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -561,6 +540,9 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
                 The row that each image belongs to, or the sample of a packed row, from 0; or the first and the last
                 of those that share it. By default all media are of the only row, or one of each.
             video_sample_ids (`torch.LongTensor` of shape `(num_videos,)`, *optional*): And each video.
+            video_timestamps_ms (`torch.LongTensor` of shape `(num_steps,)`, *optional*):
+                When each step of `video_grid_thw` begins, one video after another, in milliseconds after the first
+                frame; -1 if that is not known. Changes nothing but the times that the cache keeps, for `locate`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute logits for the last `logits_to_keep` positions only (0: all), or for those that a 1-D tensor
                 lists.
@@ -605,6 +587,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
             mm_token_type_ids=mm_token_type_ids,
             image_sample_ids=image_sample_ids,
             video_sample_ids=video_sample_ids,
+            video_timestamps_ms=video_timestamps_ms,
             **kwargs,
         )
         if isinstance(logits_to_keep, torch.Tensor):

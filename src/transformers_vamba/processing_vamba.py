@@ -118,6 +118,8 @@ class VambaProcessor(Qwen2VLProcessor):
               video has no `<|vision_start|><|vision_end|>` of its own is 0 everywhere.
             - **pixel_values**, **image_grid_thw**, **pixel_values_videos**, **video_grid_thw** -- where there are
               images or videos, as Qwen2-VL's.
+            - **video_timestamps_ms** -- int64 of shape (temporal patches of all videos,), with
+              `return_video_timestamps=True`: when each is shown, see [`VambaVideoProcessor.preprocess`].
             - **image_sample_ids**, **video_sample_ids** -- int64 of shape (images,) and (videos,): the row that each
               belongs to, where `mm_token_type_ids` does not say it.
 
@@ -206,7 +208,8 @@ class VambaProcessor(Qwen2VLProcessor):
                 Further arguments of the video processor.
 
         Yields:
-            `BatchFeature`: `pixel_values_videos` and `video_grid_thw` of the segment; and `num_remaining_tokens`, the
+            `BatchFeature`: `pixel_values_videos`, `video_grid_thw` and `video_timestamps_ms` of the segment; and
+            `num_remaining_tokens`, the
             tokens of the segments to come, unless the source is live. `encode_video` sizes its cache by it. Leaving
             off early waits for the frame in progress, but no longer than a second, as a live source may have stalled.
 

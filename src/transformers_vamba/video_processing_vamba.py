@@ -17,6 +17,7 @@ from transformers.video_utils import VideoMetadata, make_batched_metadata
 
 from .video.download import SourceLimits
 from .video.frames import ArrayFrames, Frames, is_of
+from .video.index import seconds_of_frames
 from .video.reading import (
     FileFrames,
     VideoWithOptions,
@@ -54,6 +55,8 @@ class VambaVideoProcessorKwargs(VideosKwargs, total=False):
     on_damage (`str`, *optional*, defaults to `"raise"`):
         What to do with a damaged or truncated file: `"raise"` an error, or `"skip"` what cannot be decoded, so that
         the frames that can be are those of the video, and log what was skipped.
+    return_video_timestamps (`bool`, *optional*, defaults to `False`):
+        Whether to return `video_timestamps_ms` as well, by which the model's cache knows when each step of time was.
     """
 
     min_pixels: int
@@ -65,6 +68,7 @@ class VambaVideoProcessorKwargs(VideosKwargs, total=False):
     max_frames: int | None
     max_patches: int | None
     on_damage: str
+    return_video_timestamps: bool
 
 
 def whole_patches(num_frames: int, temporal_patch_size: int) -> int:
@@ -167,6 +171,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
     max_frames = None
     max_patches = None
     on_damage = "raise"
+    return_video_timestamps = False
     source_limits = SourceLimits()
     valid_kwargs = VambaVideoProcessorKwargs
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
@@ -228,7 +233,9 @@ class VambaVideoProcessor(BaseVideoProcessor):
             `BatchFeature`: `pixel_values_videos`, float32 of shape (patches of all videos, channels *
             temporal_patch_size * patch_size * patch_size), and `video_grid_thw`, int64 of shape (videos, 3): temporal
             patches, patches along the height and along the width of each. With `return_metadata=True` also
-            `video_metadata`, whose `frames_indices` are the sampled frames.
+            `video_metadata`, whose `frames_indices` are the sampled frames. With `return_video_timestamps=True` also
+            `video_timestamps_ms`, int64 of shape (temporal patches of all videos,): when the first frame of each is
+            shown, in milliseconds after the first frame of the video; -1 if that is not known.
 
         Raises:
             `FileNotFoundError`: for a path without a file.
@@ -243,7 +250,21 @@ class VambaVideoProcessor(BaseVideoProcessor):
         given = self._metadata_of_each(videos, completed["video_metadata"])
         read = [self._read_sampled(video, metadata, completed) for video, metadata in zip(videos, given, strict=True)]
         frames, metadata = zip(*read, strict=True)
-        return self.preprocess_resized(list(frames), **{**kwargs, "video_metadata": list(metadata)})
+        outputs = self.preprocess_resized(list(frames), **{**kwargs, "video_metadata": list(metadata)})
+        if completed["return_video_timestamps"]:
+            seconds = [seconds_of_frames(known, len(video)) for known, video in zip(metadata, frames, strict=True)]
+            self.add_timestamps(outputs, seconds, **kwargs)
+        return outputs
+
+    def add_timestamps(self, outputs: BatchFeature, seconds: list[np.ndarray], return_tensors=None, **kwargs) -> None:
+        """Adds `video_timestamps_ms` to outputs, of videos whose frames are shown at these times; NaN if unknown."""
+        temporal_patch_size = self.complete_kwargs(kwargs)["temporal_patch_size"]
+        starts = [
+            times[: int(grid[0]) * temporal_patch_size : temporal_patch_size]
+            for times, grid in zip(seconds, outputs["video_grid_thw"], strict=True)
+        ]
+        milliseconds = torch.from_numpy(np.nan_to_num(1000 * np.concatenate(starts), nan=-1)).round().long()
+        outputs.update(BatchFeature({"video_timestamps_ms": milliseconds}, tensor_type=return_tensors))
 
     @staticmethod
     def _metadata_of_each(videos: list, video_metadata) -> list:

@@ -7,11 +7,14 @@ import math
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_vamba import cache_of, make_media, make_text, tiny_model
 
 from transformers_vamba import VambaCache
 from transformers_vamba.cache.changes import num_kept
 from transformers_vamba.cache.storage import HostStorage
+from transformers_vamba.inputs.media import Medium
 
 
 IMPLEMENTATIONS = ("dynamic", "quantized", "offloaded", "offloaded_quantized")
@@ -68,7 +71,7 @@ def embed(model, media, num_steps):
     """What the vision tower makes of a video, per time step, in the dtype of the model."""
     with torch.no_grad():
         pixels, grid = media["pixel_values_videos"], tuple(media["video_grid_thw"][0].tolist())
-        return model.model.embed_media([(pixels, grid)])[0].unflatten(0, (num_steps, -1))
+        return model.model.embed_media([Medium(pixels, grid)])[0].unflatten(0, (num_steps, -1))
 
 
 def measure_changes(steps):
@@ -129,7 +132,7 @@ def test_off_is_bit_for_bit_as_before(model, implementation, options):
     with torch.no_grad():
         for piece in pieces_of(VIDEO, 4):
             grid = tuple(piece["video_grid_thw"][0].tolist())
-            embeds = model.model.embed_media([(piece["pixel_values_videos"], grid)])
+            embeds = model.model.embed_media([Medium(piece["pixel_values_videos"], grid)])
             model.model.language_model.encode_video(embeds, expected.videos[0])
     assert_same(cache, expected)
 
@@ -178,6 +181,7 @@ def test_media_begin_whole(model):
     kept = 6 + 6 + (6 + 4 * 3) + (4 + 2 * 2)
     cache = cache_of(generate(model, **image, **videos, video_pruning_rate=0.5, return_dict_in_generate=True))
     assert cache.video_lengths == [kept]
+    assert cache.steps_of(0).num_tokens.tolist() == [6, 6, 6, 3, 3, 3, 3, 4, 2, 2]
     # A prompt brings new media, and what is appended goes on.
     ids = torch.cat([cache.text_ids, make_text(seed=1)], dim=1)
     more = make_media("video", (2, 4, 4))
@@ -221,12 +225,20 @@ def test_budget_keeps_the_newest_and_the_most_changed(model, implementation):
             kept = sorted(sorted(old, key=lambda token: (-importance[token], -token))[:27]) + new
         lengths.append(len(kept))
     cache, found = None, []
-    for piece in pieces_of(VIDEO, 4):
+    for piece, times in zip(pieces_of(VIDEO, 4), torch.arange(0, 1700, 100).split(4)):
         cache = model.encode_video(
-            **piece, cache=cache, max_video_tokens=BUDGET, video_cache_implementation=implementation
+            **piece,
+            video_timestamps_ms=times,
+            cache=cache,
+            max_video_tokens=BUDGET,
+            video_cache_implementation=implementation,
         )
         found += cache.video_lengths
     assert found == lengths and max(found) <= BUDGET
+    # The time steps keep to the tokens, and those without any go.
+    steps = [token // 6 for token in kept]
+    assert cache.steps_of(0).num_tokens.tolist() == [steps.count(step) for step in sorted(set(steps))]
+    assert cache.steps_of(0).timestamps_ms.tolist() == [100 * step for step in sorted(set(steps))]
     for layer, other in zip(cache.videos[0], full.videos[0]):
         for name, tensor in layer.state_dict().items():
             # The mixers have gone on as if nothing had been dropped.
@@ -294,6 +306,52 @@ def test_folders_saved_before_still_load(model, tmp_path):
     cache.save_pretrained(tmp_path)
     assert not (tmp_path / "changes.safetensors").exists()
     assert_same(VambaCache.from_pretrained(tmp_path), cache)
+
+
+def edit_config(folder, **fields):
+    content = json.loads((folder / "cache_config.json").read_text()) | fields
+    (folder / "cache_config.json").write_text(json.dumps(content))
+
+
+def edit_changes(folder, **fields):
+    path = folder / "changes.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = {name: fields.get(name, tensor) for name, tensor in load_file(path).items()}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, metadata=metadata)
+
+
+DAMAGES = {
+    "no file": lambda folder: (folder / "changes.safetensors").unlink(),
+    "no importance": lambda folder: edit_changes(folder, **{"0.importance": None}),
+    "importance of fewer tokens": lambda folder: edit_changes(folder, **{"0.importance": torch.zeros(5)}),
+    "importance in integers": lambda folder: edit_changes(folder, **{"0.importance": torch.zeros(35).long()}),
+    "no last step": lambda folder: edit_changes(folder, **{"0.last_step": None}),
+    "a last step of five places": lambda folder: edit_changes(folder, **{"0.last_step": torch.zeros(5, 64)}),
+    "a last step of another size": lambda folder: edit_changes(folder, **{"0.last_step": torch.zeros(6, 32)}),
+    "a last step without places": lambda folder: edit_changes(folder, **{"0.last_step": torch.zeros(0, 64)}),
+    "another save": lambda folder: save_file(
+        load_file(folder / "changes.safetensors"), folder / "changes.safetensors"
+    ),
+    "no sizes": lambda folder: edit_config(folder, grid_sizes=[]),
+    "a size in words": lambda folder: edit_config(folder, grid_sizes=[["4", "6"]]),
+    "an unknown size": lambda folder: edit_config(folder, grid_sizes=[None]),
+    "a size of 0": lambda folder: edit_config(folder, grid_sizes=[[0, 6]]),
+    "sizes as a number": lambda folder: edit_config(folder, grid_sizes=4),
+    "a rate of 1": lambda folder: edit_config(folder, video_pruning_rate=1),
+    "a rate in words": lambda folder: edit_config(folder, video_pruning_rate="0.5"),
+    "a budget of 0": lambda folder: edit_config(folder, max_video_tokens=0),
+    "half a token": lambda folder: edit_config(folder, max_video_tokens=35.5),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damages_are_named_at_loading(model, damage, tmp_path):
+    stream(model, VIDEO, 17, max_video_tokens=BUDGET).save_pretrained(tmp_path)
+    assert VambaCache.from_pretrained(tmp_path).video_lengths == [35]
+    DAMAGES[damage](tmp_path)
+    with pytest.raises(ValueError, match=f"video is damaged: '{tmp_path}/(cache_config.json|changes.safetensors)"):
+        VambaCache.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("rate", (1, 1.0, -0.1, "0.5", True, math.nan, math.inf))

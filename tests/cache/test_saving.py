@@ -198,6 +198,7 @@ def test_a_deeper_models_layers_go(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "cache_config.json",
         *(f"layer-0000{layer}.safetensors" for layer in range(3)),
+        "steps.safetensors",
     ]
 
 

@@ -11,6 +11,7 @@ from transformers import CompileConfig, StaticCache
 from transformers_vamba import VambaCache, VambaConfig
 from transformers_vamba.cache.layers import VambaQuantizedVideoLayer
 from transformers_vamba.cache.storage import DeviceStorage, HostStorage
+from transformers_vamba.inputs.media import Medium
 from transformers_vamba.layers.decoder import VambaCrossAttention
 from transformers_vamba.ops.quantized_attention import quantize
 from transformers_vamba.ops.quantized_kernel import attend, can_attend
@@ -459,7 +460,7 @@ def test_a_cache_begun_in_inference_mode_goes_on_outside(model, implementation):
     if implementation == "dynamic":  # the others take no gradient
         with torch.inference_mode():
             cache = model.encode_video(**first)
-        model.model.encode_media([[(second["pixel_values_videos"], (3, 4, 6))]], cache)
+        model.model.encode_media([[Medium(second["pixel_values_videos"], (3, 4, 6))]], cache)
         model(input_ids=make_text(), labels=make_text(), cache=cache).loss.backward()
         model.zero_grad()
 

@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import Trainer, TrainingArguments
 
 from transformers_vamba import modeling_vamba
+from transformers_vamba.inputs.media import Medium
 from transformers_vamba.layers.video_context import VideoContext
 from transformers_vamba.parallel import gradient_checkpointing as gradient_checkpointing
 
@@ -97,7 +98,7 @@ VIDEO_BYTES = 20 * 6 * 64 * 4
 def kept_video_states(model) -> int:
     """How many tensors as large as the video's hidden states a forward pass through the decoder keeps."""
     storages = {}
-    video_states = model.model.embed_media([(VIDEO["pixel_values_videos"], (20, 4, 6))]).detach()
+    video_states = model.model.embed_media([Medium(VIDEO["pixel_values_videos"], (20, 4, 6))]).detach()
 
     def keep(tensor):
         storages[tensor.untyped_storage().data_ptr()] = tensor.detach()  # alive, so that no other takes its address
@@ -180,7 +181,7 @@ def test_a_frozen_tower_keeps_nothing(monkeypatch, trained, checkpointing):
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.model.visual.encode_with_gradient([(VIDEO["pixel_values_videos"].double(), (20, 4, 6))])
+        model.model.visual.encode_with_gradient([Medium(VIDEO["pixel_values_videos"].double(), (20, 4, 6))])
     # A checkpoint keeps the input of the merger in each of seven segments, and a dummy.
     most = {"none of the tower": 0, "merger": 14 if checkpointing else 10**3, "all of the tower": 10**3}[trained]
     assert num_kept <= most and (num_kept > 0) == (most > 0)

@@ -28,7 +28,9 @@ def joined(segments):
     grids = torch.cat([segment["video_grid_thw"] for segment in segments])
     pixels = torch.cat([segment["pixel_values_videos"] for segment in segments])
     names = {"pixel_values_videos", "video_grid_thw"}
-    assert all(set(segment) - {"num_remaining_tokens"} == names for segment in segments)
+    assert all(set(segment) - {"num_remaining_tokens", "video_timestamps_ms"} == names for segment in segments)
+    times = torch.cat([segment["video_timestamps_ms"] for segment in segments])
+    assert len(times) == grids[:, 0].sum()
     return {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[grids[:, 0].sum(), *grids[0, 1:]]])}, (
         grids[:, 0].tolist()
     )
@@ -104,6 +106,37 @@ def test_odd_frames_and_segments(processor, write_video, segment_frames, num_fra
     expected = processor(videos=[path], return_tensors="pt", do_sample_frames=False)
     segments = processor.iter_video_segments(path, segment_frames=segment_frames, do_sample_frames=False)
     assert_equal(segments, expected)
+
+
+def times_of(segments):
+    return torch.cat([segment["video_timestamps_ms"] for segment in segments]).tolist()
+
+
+@pytest.mark.parametrize("sampling", ({"num_frames": 11}, {"fps": 2.7}, {"do_sample_frames": False}))
+def test_times_of_segments_are_those_of_the_video(processor, write_video, sampling):
+    path = write_video("times.mkv", num_frames=50)
+    whole = processor(videos=[path], return_metadata=True, return_video_timestamps=True, **sampling)
+    seconds = whole["video_metadata"][0].timestamps[::2][: int(whole["video_grid_thw"][0, 0])]
+    assert whole["video_timestamps_ms"].tolist() == [round(1000 * each) for each in seconds]
+    assert times_of(processor.iter_video_segments(path, segment_frames=4, **sampling)) == [
+        round(1000 * each) for each in seconds
+    ]
+    if "num_frames" not in sampling:
+        live = times_of(processor.iter_video_segments(Live(Path(path).read_bytes()), live=True, **sampling))
+        assert live == pytest.approx([1000 * each for each in seconds], abs=1)
+    assert "video_timestamps_ms" not in processor(videos=[path], **sampling)
+
+
+def test_times_of_frames_in_memory(processor):
+    """They are known only from metadata."""
+    frames = np.zeros((6, 56, 56, 3), dtype=np.uint8)
+    options = {"do_sample_frames": False, "return_video_timestamps": True, "return_tensors": "pt"}
+    assert processor(videos=[frames], **options)["video_timestamps_ms"].tolist() == [-1, -1, -1]
+    metadata = {"total_num_frames": 60, "fps": 10.0, "frames_indices": [0, 10, 20, 30, 40, 50]}
+    both = processor(videos=[frames, frames[:2]], video_metadata=[metadata, {"total_num_frames": 2}], **options)
+    assert both["video_timestamps_ms"].tolist() == [0, 2000, 4000, -1]
+    with pytest.raises(ValueError, match="`frames_indices` of `video_metadata` has 6 entries for 4 frames"):
+        processor(videos=[frames[:4]], video_metadata=[metadata], **options)
 
 
 def test_default_rate_is_the_processors(processor, video_file):

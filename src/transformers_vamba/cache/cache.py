@@ -12,9 +12,10 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..ops.quantized_attention import QuantizedStates
-from .changes import VideoChanges, check_pruning
+from .changes import VideoChanges, check_pruning, num_kept
 from .layers import VambaVideoLayer, resolve_implementation
 from .saving import SavedVideos, load_videos, save_videos
+from .steps import VideoSteps
 
 
 # What a model and a cache must have in common.
@@ -63,7 +64,10 @@ class VambaCache(Cache):
     Attributes:
         is_video_offloaded (`bool`): Whether the videos are kept in the host's memory.
         videos (`list[list[VambaVideoLayer]]`): The videos, and of each its decoder layers.
-        video_changes (`list[VideoChanges]`): What is known of the changes in each video, if it is pruned or bounded.
+        steps (`dict[int, VideoSteps]`):
+            By index in `videos`: how many tokens each time step has and when it begins. Read it with `steps_of`.
+        changes (`dict[int, VideoChanges]`):
+            By index in `videos`: how much each token changed, of videos that are pruned or bounded.
         rows (`list[int | None]`, *optional*):
             Index in `videos` of the video that each row of the batch reads, `None` for a row without one. Unset until
             a batch of text has met the cache.
@@ -97,7 +101,8 @@ class VambaCache(Cache):
             Cache.__init__(self, layers=text_cache.layers, **offloading)
         self.config = text_config
         self.videos: list[list[VambaVideoLayer]] = []
-        self.video_changes: list[VideoChanges] = []
+        self.steps: dict[int, VideoSteps] = {}
+        self.changes: dict[int, VideoChanges] = {}
         self.rows: list[int | None] | None = None
         self.is_read = False
         self.step_plan = None  # of the generation that is running, see `generation.captured_step`
@@ -163,22 +168,48 @@ class VambaCache(Cache):
         self.videos.append(
             [self._video_layer_class(self.is_video_offloaded) for _ in range(self.config.num_hidden_layers)]
         )
-        self.video_changes.append(VideoChanges())
         return len(self.videos) - 1
+
+    def reserve(self, video: int, num_tokens: int, tokens_per_step: int, steps_at_once: int) -> None:
+        """
+        Sizes the memory of a video, by index in `videos`, for `num_tokens` more from the vision tower, at
+        `tokens_per_step` per time step, of which at most `steps_at_once` come at a time.
+        """
+        num_left = num_kept(tokens_per_step, self.video_pruning_rate)
+        first_step = tokens_per_step - num_left  # which may stay whole
+        num_tokens = num_tokens * num_left // tokens_per_step + first_step
+        if self.max_video_tokens is not None:
+            most = self.max_video_tokens + steps_at_once * num_left + first_step
+            num_tokens = max(0, min(num_tokens, most - self.video_lengths[video]))
+        for layer in self.videos[video]:
+            layer.reserve(num_tokens)
+
+    def steps_of(self, video: int) -> VideoSteps:
+        """
+        The time steps of a video. Tokens that came without a record, from a folder that was saved before there was one
+        say, are one step at a time that is not known.
+        """
+        steps = self.steps.get(video, VideoSteps())
+        num_missing = self.video_lengths[video] - int(steps.num_tokens.sum())
+        return steps.append(1, num_missing) if num_missing else steps
+
+    def changes_of(self, video: int) -> VideoChanges:
+        """How much the tokens of a video changed; nothing of one that is kept whole."""
+        return self.changes.get(video, VideoChanges())
 
     @contextmanager
     def keeping_videos(self) -> Iterator[None]:
         """A block of code that adds and extends videos: where it fails or is interrupted, they are as before."""
-        changes = list(self.video_changes)
         if self.max_video_tokens is not None:
             # What is thinned out cannot be put back: it is held for as long as the block runs.
             forks = [[layer.fork() for layer in video] for video in self.videos]
         held = [[(layer.get_seq_length(), layer.mixer_state) for layer in video] for video in self.videos]
+        held_records = dict(self.steps), dict(self.changes)
         try:
             yield
         except BaseException:
             del self.videos[len(held) :]
-            self.video_changes[:] = changes
+            self.steps, self.changes = held_records
             if self.max_video_tokens is not None:
                 self.videos[:] = forks
                 raise
@@ -191,10 +222,11 @@ class VambaCache(Cache):
         """Drops tokens of a video, by index in `videos`, that is over `max_video_tokens`."""
         if self.max_video_tokens is None or self.video_lengths[video] <= self.max_video_tokens:
             return
-        indices = self.video_changes[video].choose(self.max_video_tokens)
+        indices = self.changes[video].choose(self.max_video_tokens)
+        self.steps[video] = self.steps_of(video).select(indices)
+        self.changes[video] = self.changes[video].select(indices)
         for layer in self.videos[video]:
             layer.select(indices)
-        self.video_changes[video] = self.video_changes[video].select(indices)
 
     def read_videos(
         self, layer_idx: int, rows: list[int | None]
@@ -261,13 +293,16 @@ class VambaCache(Cache):
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """
-        Writes the videos to a folder: a `cache_config.json`, and a safetensors file a decoder layer. The text that has
+        Writes the videos to a folder: a `cache_config.json`, a safetensors file a decoder layer, and one of
+        the time steps. The text that has
         been read is not kept. Videos saved there before are replaced once all is written.
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder, made where it is missing.
         """
-        videos = SavedVideos(self.videos, self.rows, self.video_options, self.video_changes)
+        indices = range(len(self.videos))
+        steps, changes = [self.steps_of(video) for video in indices], [self.changes_of(video) for video in indices]
+        videos = SavedVideos(self.videos, steps, changes, self.rows, self.video_options)
         save_videos(save_directory, self.config, videos)
 
     @classmethod
@@ -293,7 +328,8 @@ class VambaCache(Cache):
         """
         config, saved = load_videos(save_directory, torch.device(device), video_cache_implementation)
         cache = cls(config, **saved.options)
-        cache.videos, cache.rows, cache.video_changes = saved.videos, saved.rows, saved.changes
+        cache.videos, cache.rows = saved.videos, saved.rows
+        cache.steps, cache.changes = dict(enumerate(saved.steps)), dict(enumerate(saved.changes))
         return cache
 
     def fork(self) -> "VambaCache":
@@ -305,7 +341,7 @@ class VambaCache(Cache):
         # A dynamic layer never writes into a tensor that it holds; a static one does.
         fork.layers = [copy.deepcopy(layer) if layer.is_compileable else copy.copy(layer) for layer in self.layers]
         fork.videos = [[layer.fork() for layer in video] for video in self.videos]
-        fork.video_changes = list(self.video_changes)
+        fork.steps, fork.changes = dict(self.steps), dict(self.changes)
         fork.rows = None if self.rows is None else list(self.rows)
         fork.step_plan = None
         return fork
@@ -325,13 +361,13 @@ class VambaCache(Cache):
                 layer.device = layer.keys.device
         for layer in itertools.chain(*self.videos):
             layer.to(torch.device(device))
-        self.video_changes = [changes.to(torch.device(device)) for changes in self.video_changes]
+        self.changes = {video: changes.to(torch.device(device)) for video, changes in self.changes.items()}
         return self
 
     def reset(self) -> None:
         """Forgets the text and the videos."""
         super().reset()
-        self.videos, self.video_changes, self.rows, self.text_ids = [], [], None, None
+        self.videos, self.steps, self.changes, self.rows, self.text_ids = [], {}, {}, None, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.step_plan is not None and self.step_plan.step is not None:

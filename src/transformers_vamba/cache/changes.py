@@ -64,27 +64,33 @@ class VideoChanges:
     importance: torch.Tensor | None = None
 
     def prune(
-        self, embeds: torch.Tensor, media: list[Medium], goes_on: list[bool], rate: float
-    ) -> tuple[torch.Tensor, "VideoChanges"]:
+        self, embeds: torch.Tensor, media: list[Medium], rate: float
+    ) -> tuple[torch.Tensor, list[torch.LongTensor], "VideoChanges"]:
         """
         Drops of each time step the tokens that changed least.
 
         Args:
             embeds (`torch.Tensor` of shape `(1, num_tokens, hidden_size)`): The vision tower's output for a segment.
-            media (`list[Medium]`): The images and videos of the segment, or their parts in it.
-            goes_on (`list[bool]`): Whether each of them goes on from what came before, if that is of its size.
-            rate (`float`): The share to drop, at least 0 and below 1. The first time step of a medium stays whole.
+            media (`list[Medium]`):
+                The images and videos of the segment. The first time step of one stays whole, unless it goes on from
+                what came before and is of its size.
+            rate (`float`): The share to drop, at least 0 and below 1.
 
         Returns:
-            `tuple[torch.Tensor, VideoChanges]`: What is kept, in order, and the changes with these tokens.
+            `tuple[torch.Tensor, list[torch.LongTensor], VideoChanges]`: What is kept, in order; of each medium the
+            number of tokens of its time steps, on the CPU; and the changes with these tokens.
         """
-        pieces, importances = [], [] if self.importance is None else [self.importance]
-        last_step, size = self.last_step, self.size
-        num_patches = [math.prod(grid) for _, grid in media]
+        pieces, counts = [], []
+        importances = [] if self.importance is None else [self.importance]
+        last_step, last_size = self.last_step, self.size
+        num_patches = [math.prod(each.grid) for each in media]
         lengths = [embeds.shape[1] * patches // sum(num_patches) for patches in num_patches]
-        for steps, (_, (num_steps, *grid_size)), continues in zip(embeds[0].split(lengths), media, goes_on):
+        for steps, (_, (num_steps, *size), _, goes_on) in zip(embeds[0].split(lengths), media):
             steps = steps.unflatten(0, (num_steps, -1))
-            if not continues or size != tuple(grid_size):
+            num_left = num_kept(steps.shape[1], rate)
+            counts.append(torch.full((num_steps,), num_left))
+            if not goes_on or last_size != tuple(size):
+                counts[-1][0] = steps.shape[1]
                 pieces.append(steps[0])
                 importances.append(steps.new_full(steps.shape[1:2], math.inf, dtype=torch.float32))
                 last_step, steps = steps[0].detach(), steps[1:]
@@ -92,13 +98,12 @@ class VideoChanges:
             changes = torch.linalg.vector_norm(seen[1:].float() - seen[:-1].float(), dim=-1)
             importance = changes - changes.mean(dim=1, keepdim=True)
             # Of those that changed alike, as where nothing moves, the first.
-            order = changes.sort(dim=1, descending=True, stable=True).indices
-            kept = order[:, : num_kept(changes.shape[1], rate)].sort(dim=1).values
+            kept = changes.sort(dim=1, descending=True, stable=True).indices[:, :num_left].sort(dim=1).values
             pieces.append(steps.gather(1, kept[..., None].expand(-1, -1, steps.shape[-1])).flatten(0, 1))
             importances.append(importance.gather(1, kept).flatten())
-            last_step, size = seen[-1], tuple(grid_size)
-        changes = VideoChanges(last_step.clone(), size, torch.cat(importances))
-        return torch.cat(pieces)[None], changes
+            last_step, last_size = seen[-1], tuple(size)
+        changes = VideoChanges(last_step.clone(), last_size, torch.cat(importances))
+        return torch.cat(pieces)[None], counts, changes
 
     def choose(self, max_video_tokens: int) -> torch.LongTensor:
         """

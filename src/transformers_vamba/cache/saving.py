@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Processed videos on disk: a `cache_config.json`, and one safetensors file per decoder layer. If the cache drops tokens,
-one more file says by what they are chosen.
+Processed videos on disk: a `cache_config.json`, one safetensors file per decoder layer and one of the time steps. If
+the cache drops tokens, one more file says by what they are chosen.
 
 A folder may come from a stranger or be what an interrupted save left. So all that a cache relies on is checked, in the
 headers of the files, before anything is allocated: every file carries the id of the save that wrote it.
@@ -22,9 +22,11 @@ from safetensors.torch import load_file, save_file
 from ..configuration_vamba import VambaTextConfig
 from .changes import VideoChanges, check_pruning
 from .layers import VambaVideoLayer, resolve_implementation
+from .steps import UNKNOWN_TIME, VideoSteps
 
 
 CACHE_CONFIG_NAME = "cache_config.json"
+STEPS_NAME = "steps.safetensors"
 FIELDS = {"num_videos": int, "rows": (list, type(None)), "video_cache_implementation": str, "text_config": dict}
 # Fields that folders of earlier versions lack, and what they mean there.
 LATER_FIELDS = {
@@ -42,15 +44,17 @@ class SavedVideos(NamedTuple):
 
     Args:
         videos (`list[list[VambaVideoLayer]]`): The videos, and of each its decoder layers.
+        steps (`list[VideoSteps]`): The time steps of each video.
+        changes (`list[VideoChanges]`): What is known of the changes in each video.
         rows (`list[int | None]`, *optional*): The video that each row of the batch reads.
         options (`dict`): The cache's `video_options`.
-        changes (`list[VideoChanges]`): What is known of the changes in each video.
     """
 
     videos: list[list[VambaVideoLayer]]
+    steps: list[VideoSteps]
+    changes: list[VideoChanges]
     rows: list[int | None] | None
     options: dict
-    changes: list[VideoChanges]
 
 
 class Header(NamedTuple):
@@ -92,20 +96,28 @@ def save_videos(save_directory: str | os.PathLike, config: VambaTextConfig, vide
                 for name, tensor in layer.state_dict().items()
             }
             save_file(tensors, layer_file(Path(new_folder), layer_idx), metadata={"cache_id": cache_id})
-        tensors = {
+        if videos.videos:
+            steps = {
+                f"{video}.{name}": each
+                for video, steps in enumerate(videos.steps)
+                for name, each in vars(steps).items()
+            }
+            save_file(steps, Path(new_folder) / STEPS_NAME, metadata={"cache_id": cache_id})
+        changes = {
             f"{video}.{name}": tensor.contiguous()
             for video, changes in enumerate(videos.changes)
             for name, tensor in changes.state_dict().items()
         }
-        if tensors:
-            save_file(tensors, Path(new_folder) / CHANGES_NAME, metadata={"cache_id": cache_id})
+        if changes:
+            save_file(changes, Path(new_folder) / CHANGES_NAME, metadata={"cache_id": cache_id})
         (Path(new_folder) / CACHE_CONFIG_NAME).write_text(json.dumps(content, indent=2, default=str) + "\n")
         written = {path.name for path in Path(new_folder).iterdir()}
         for name in sorted(written):
             (Path(new_folder) / name).replace(folder / name)
-    for path in folder.glob("*.safetensors"):  # of a deeper model, or of a cache that dropped tokens
-        if path.name not in written and (path.name.startswith("layer-") or path.name == CHANGES_NAME):
-            path.unlink()
+    # Of a deeper model, or of other videos.
+    for path in [*folder.glob("layer-*.safetensors"), folder / STEPS_NAME, folder / CHANGES_NAME]:
+        if path.name not in written:
+            path.unlink(missing_ok=True)
 
 
 def load_videos(
@@ -131,18 +143,46 @@ def load_videos(
             layer = saved_class(offloading)
             layer.load_state_dict(states, device)
             layers.append(layer if saved_class is layer_class else layer_class.convert(layer, offloading))
+    lengths = [layers[0].get_seq_length() for layers in videos]
+    steps = load_steps(folder / STEPS_NAME, content.get("cache_id"), lengths)
+    changes = load_changes(folder / CHANGES_NAME, content, config, lengths, device)
     options = {name: content[name] for name in ("video_pruning_rate", "max_video_tokens")}
-    changes = [VideoChanges() for _ in videos]
-    if content["video_pruning_rate"] or content["max_video_tokens"] is not None:
-        lengths = [layers[0].get_seq_length() for layers in videos]
-        check_changes(folder / CHANGES_NAME, content, config, lengths)
-        tensors = load_file(folder / CHANGES_NAME, device=str(device)) if videos else {}
-        changes = [
-            VideoChanges(tensors[f"{video}.last_step"], tuple(size), tensors[f"{video}.importance"])
-            for video, size in enumerate(content["grid_sizes"])
-        ]
     options["video_cache_implementation"] = implementation
-    return config, SavedVideos(videos, content["rows"], options, changes)
+    return config, SavedVideos(videos, steps, changes, content["rows"], options)
+
+
+def load_steps(path: Path, cache_id: str | None, lengths: list[int]) -> list[VideoSteps]:
+    """The time steps of videos of these lengths; none from a folder that was saved before they were kept."""
+    if not lengths or not path.exists():
+        return []
+    headers = read_headers(path, cache_id)
+    names = [name for name in vars(VideoSteps())]
+    if set(headers) != {f"{video}.{name}" for video in range(len(lengths)) for name in names}:
+        raise damaged(path, f"holds other tensors than {', '.join(names)} of {len(lengths)} videos")
+    tensors, steps = load_file(path), []
+    for video, length in enumerate(lengths):
+        fields = {name: tensors[f"{video}.{name}"] for name in names}
+        num_tokens, timestamps_ms = fields["num_tokens"], fields["timestamps_ms"]
+        if any(each.dtype != torch.long or each.shape != (len(num_tokens.flatten()),) for each in fields.values()):
+            raise damaged(path, f"holds no two rows of integers, of one length, for video {video}")
+        if (num_tokens < 0).any() or num_tokens.sum() != length or (timestamps_ms < UNKNOWN_TIME).any():
+            raise damaged(path, f"does not count the {length} tokens of video {video}, or has times below 0")
+        steps.append(VideoSteps(**fields))
+    return steps
+
+
+def load_changes(
+    path: Path, content: dict, config: VambaTextConfig, lengths: list[int], device: torch.device
+) -> list[VideoChanges]:
+    """The changes in videos of these lengths; none of a cache that dropped no tokens."""
+    if not lengths or not (content["video_pruning_rate"] or content["max_video_tokens"]):
+        return []
+    check_changes(path, content, config, lengths)
+    tensors = load_file(path, device=str(device))
+    return [
+        VideoChanges(tensors[f"{video}.last_step"], tuple(size), tensors[f"{video}.importance"])
+        for video, size in enumerate(content["grid_sizes"])
+    ]
 
 
 def check_changes(path: Path, content: dict, config: VambaTextConfig, lengths: list[int]) -> None:
@@ -150,14 +190,14 @@ def check_changes(path: Path, content: dict, config: VambaTextConfig, lengths: l
     sizes = content["grid_sizes"]
     if len(sizes) != len(lengths):
         raise damaged(path.with_name(CACHE_CONFIG_NAME), f"has {len(sizes)} grid_sizes for {len(lengths)} videos")
-    headers = read_headers(path, content.get("cache_id")) if lengths else {}
+    headers = read_headers(path, content.get("cache_id"))
     for video, (size, num_tokens) in enumerate(zip(sizes, lengths)):
         last_step, importance = (headers.get(f"{video}.{name}") for name in ("last_step", "importance"))
         if importance != Header("F32", (num_tokens,)):
             raise damaged(path, f"has importance {importance} for the {num_tokens} tokens of video {video}")
         is_step = last_step is not None and last_step.dtype in FLOATS and last_step.shape[1:] == (config.hidden_size,)
         # The vision tower merges squares of patches.
-        if not is_step or not last_step.shape[0] or math.prod(size) % last_step.shape[0]:
+        if not is_step or not last_step.shape[0] or size is None or math.prod(size) % last_step.shape[0]:
             raise damaged(path, f"has the last step {last_step} of grid {size} for video {video}")
     if len(headers) != 2 * len(lengths):
         raise damaged(path, f"holds {len(headers)} tensors for {len(lengths)} videos")

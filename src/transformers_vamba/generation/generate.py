@@ -143,7 +143,8 @@ class VambaGenerationMixin(GenerationMixin):
         if not isinstance(cache, VambaCache):
             cache = VambaCache.around(self.config, cache, **video_options)
             if isinstance(encoded, VambaCache):
-                cache.videos, cache.video_changes, cache.rows = encoded.videos, encoded.video_changes, encoded.rows
+                cache.videos, cache.rows = encoded.videos, encoded.rows
+                cache.steps, cache.changes = encoded.steps, encoded.changes
         self.model.encode_media(media, cache)
         num_copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         cache.rows = [row for row in cache.rows for _ in range(num_copies)]
@@ -177,6 +178,7 @@ class VambaGenerationMixin(GenerationMixin):
         pixel_values_videos: torch.FloatTensor,
         video_grid_thw: torch.LongTensor,
         video_sample_ids: torch.LongTensor | None = None,
+        video_timestamps_ms: torch.LongTensor | None = None,
         cache: VambaCache | None = None,
         segment_frames: int = SEGMENT_FRAMES,
         num_remaining_tokens: int = 0,
@@ -196,6 +198,9 @@ class VambaGenerationMixin(GenerationMixin):
             video_sample_ids (`torch.LongTensor` of shape `(num_videos,)`, *optional*):
                 The row that each video belongs to, for a cache of several rows. By default all are of one row, in
                 order.
+            video_timestamps_ms (`torch.LongTensor` of shape `(num_steps,)`, *optional*):
+                When each step of `video_grid_thw` begins, one video after another, in milliseconds after the first
+                frame; -1 if that is not known. The processor gives it with `return_video_timestamps=True`.
             cache ([`VambaCache`], *optional*): The cache to append to, in place.
             segment_frames (`int`, *optional*, defaults to 64):
                 Frames that go through the model at once. Bounds the memory and changes the result by rounding only.
@@ -245,8 +250,10 @@ class VambaGenerationMixin(GenerationMixin):
             pixel_values_videos=pixel_values_videos,
             video_grid_thw=video_grid_thw,
             video_sample_ids=video_sample_ids,
+            video_timestamps_ms=video_timestamps_ms,
         )
-        self.model.encode_media(media, cache, segment_frames, num_remaining_tokens, goes_on=True)
+        media = [[each._replace(goes_on=True) for each in row[:1]] + row[1:] for row in media]
+        self.model.encode_media(media, cache, segment_frames, num_remaining_tokens)
         if rows_read is None and cache.rows == list(range(len(cache.videos))):
             cache.rows = None  # no text has been read yet: any number of rows may come to read the video
         return cache

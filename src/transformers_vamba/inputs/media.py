@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
@@ -10,9 +11,22 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from .checks import check_tensor
 
 
-# One image or video: pixel values of shape `(t * h * w, channels * temporal_patch_size * patch_size**2)`, and its grid
-# `(t, h, w)` in patches.
-Medium = tuple[torch.Tensor, tuple[int, int, int]]
+class Medium(NamedTuple):
+    """
+    One image or video.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(t * h * w, channels * temporal_patch_size * patch_size**2)`): Patches.
+        grid (`tuple[int, int, int]`): `(t, h, w)`, in patches.
+        timestamps_ms (`torch.LongTensor` of shape `(t,)`, *optional*): When each step of time begins, if it is known.
+        goes_on (`bool`, *optional*, defaults to `False`): Whether it is a part of a video that has begun before.
+    """
+
+    pixel_values: torch.Tensor
+    grid: tuple[int, int, int]
+    timestamps_ms: torch.LongTensor | None = None
+    goes_on: bool = False
+
 
 # The inputs of `forward` that describe images and videos.
 MEDIA_INPUTS = (
@@ -22,6 +36,7 @@ MEDIA_INPUTS = (
     "pixel_values_videos",
     "video_grid_thw",
     "video_sample_ids",
+    "video_timestamps_ms",
     "mm_token_type_ids",
 )
 
@@ -33,7 +48,7 @@ def pop_media(model_kwargs: dict) -> dict:
 
 def drop_grids_without_pixels(inputs: dict) -> dict:
     """The inputs without those that describe media whose pixels are gone."""
-    for pixels, *descriptions in (MEDIA_INPUTS[:3], MEDIA_INPUTS[3:6]):
+    for pixels, *descriptions in (MEDIA_INPUTS[:3], MEDIA_INPUTS[3:7]):
         if inputs.get(pixels) is None:
             inputs = {name: value for name, value in inputs.items() if name not in descriptions}
     return inputs
@@ -46,7 +61,7 @@ def count_patch_values(vision_config: Qwen2VLVisionConfig) -> int:
 
 def count_tokens(media: list[Medium], merge_size: int) -> int:
     """The number of tokens that the vision tower makes of images and videos."""
-    return sum(math.prod(grid) for _, grid in media) // merge_size**2
+    return sum(math.prod(medium.grid) for medium in media) // merge_size**2
 
 
 def group_media_by_row(
@@ -58,6 +73,7 @@ def group_media_by_row(
     pixel_values_videos: torch.Tensor | None = None,
     video_grid_thw: torch.Tensor | None = None,
     video_sample_ids: torch.Tensor | None = None,
+    video_timestamps_ms: torch.Tensor | None = None,
     mm_token_type_ids: torch.Tensor | None = None,
 ) -> list[list[Medium]]:
     """
@@ -71,6 +87,8 @@ def group_media_by_row(
         image_sample_ids (`torch.LongTensor` of shape `(num_images,)` or `(num_images, 2)`, *optional*):
             The row of each image, or the first and the last of the rows that share it.
         pixel_values_videos, video_grid_thw, video_sample_ids: The same of videos.
+        video_timestamps_ms (`torch.LongTensor` of shape `(num_steps,)`, *optional*):
+            When each step of time of the videos begins, one video after another, in milliseconds; -1 if not known.
         mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             1 where the prompt has an image, 2 where it has a video. Without it a row's images come before its videos.
 
@@ -93,6 +111,7 @@ def group_media_by_row(
         (pixel_values_videos, video_grid_thw, video_sample_ids),
         batch_size,
         vision_config,
+        video_timestamps_ms,
     )
     if mm_token_type_ids is None or not (any(images) or any(videos)):
         return [row_images + row_videos for row_images, row_videos in zip(images, videos)]
@@ -131,6 +150,7 @@ def _split_by_row(
     tensors: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
     batch_size: int,
     vision_config: Qwen2VLVisionConfig,
+    timestamps_ms: torch.Tensor | None = None,
 ) -> list[list[Medium]]:
     """The media of one kind, by row."""
     pixels_name, grid_name, ids_name = names
@@ -188,11 +208,27 @@ def _split_by_row(
             f"`{grid_name}` describes {len(grids)} media for {batch_size} rows: say with `{ids_name}` which row each "
             "belongs to."
         )
-    for pixels, grid, (first, last) in zip(pixel_values.split(num_patches), grids, spans):
-        medium = (pixels, grid)
+    times = _split_timestamps(timestamps_ms, [t for t, _, _ in grids])
+    for *medium, (first, last) in zip(pixel_values.split(num_patches), grids, times, spans):
+        medium = Medium(*medium)
         for row in range(first, last + 1):
             rows[row].append(medium)
     return rows
+
+
+def _split_timestamps(
+    timestamps_ms: torch.Tensor | None, num_steps: list[int]
+) -> tuple[torch.Tensor, ...] | list[None]:
+    """The times of each video."""
+    if timestamps_ms is None:
+        return [None] * len(num_steps)
+    check_tensor("video_timestamps_ms", timestamps_ms, False, ("number of steps",))
+    if len(timestamps_ms) != sum(num_steps):
+        raise ValueError(
+            f"`video_timestamps_ms` has {len(timestamps_ms)} entries for the {sum(num_steps)} steps of time of "
+            "`video_grid_thw`."
+        )
+    return timestamps_ms.split(num_steps)
 
 
 def distinct_videos(media: list[list[Medium]]) -> tuple[list[list[Medium]], list[int | None]]:
@@ -216,11 +252,13 @@ def split_into_segments(media: list[Medium], max_steps: int) -> Iterator[list[Me
     """
     segment: list[Medium] = []
     room = max_steps
-    for pixel_values, (t, h, w) in media:
+    for pixel_values, (t, h, w), timestamps_ms, goes_on in media:
         start = 0
         while start < t:
             steps = min(t - start, room)
-            segment.append((pixel_values[start * h * w : (start + steps) * h * w], (steps, h, w)))
+            times = None if timestamps_ms is None else timestamps_ms[start : start + steps]
+            pixels = pixel_values[start * h * w : (start + steps) * h * w]
+            segment.append(Medium(pixels, (steps, h, w), times, goes_on or start > 0))
             start += steps
             room -= steps
             if room == 0:

@@ -96,12 +96,12 @@ class VambaVisionModel(Qwen2VisionTransformerPretrainedModel):
         """The outputs for images and videos in order, on the device of the tower."""
         device = execution_device(self)
         # To the device first: a copy from pinned memory does not wait, and the conversion is quicker there.
-        pixel_values = [pixels.to(device, non_blocking=True) for pixels, _ in media]
+        pixel_values = [medium.pixel_values.to(device, non_blocking=True) for medium in media]
         pixel_values = pixel_values[0] if len(media) == 1 else torch.cat(pixel_values)
         # The tower sees single frames: consecutive media of one size might as well be one.
         grids = [
             (sum(t for t, _, _ in run), *size)
-            for size, run in itertools.groupby((grid for _, grid in media), key=lambda grid: grid[1:])
+            for size, run in itertools.groupby((medium.grid for medium in media), key=lambda grid: grid[1:])
         ]
         return self(
             pixel_values.to(self.dtype),
@@ -116,7 +116,7 @@ class VambaVisionModel(Qwen2VisionTransformerPretrainedModel):
         asks its input for a gradient (`enable_input_require_grads` does).
         """
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        takes_gradient = any(pixels.requires_grad for pixels, _ in media)
+        takes_gradient = any(medium.pixel_values.requires_grad for medium in media)
         if torch.is_grad_enabled() and (takes_gradient or not all(name.startswith("merger.") for name in trained)):
             return self.encode_media(media).pooler_output
         segments = list(split_into_segments(media, SEGMENT_FRAMES // self.config.temporal_patch_size))

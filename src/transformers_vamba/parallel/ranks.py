@@ -97,4 +97,4 @@ def forget_zero_gradients(outputs: torch.Tensor, visual: nn.Module, layers: nn.M
 def smallest_medium(vision_config) -> Medium:
     """A video of one token, for a process that has none."""
     merge_size = vision_config.spatial_merge_size
-    return torch.zeros(merge_size**2, count_patch_values(vision_config)), (1, merge_size, merge_size)
+    return Medium(torch.zeros(merge_size**2, count_patch_values(vision_config)), (1, merge_size, merge_size))

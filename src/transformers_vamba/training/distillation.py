@@ -141,7 +141,7 @@ def qwen2_vl_samples(inputs, kept: torch.Tensor, config) -> Iterator[dict[str, t
         for mark, ((pixels_name, grid_name), media_of_samples) in media.items():
             if not media_of_samples[i]:
                 continue
-            pixels, grids = zip(*media_of_samples[i])
+            pixels, grids, _ = zip(*media_of_samples[i])
             sample |= {pixels_name: torch.cat(pixels), grid_name: torch.tensor(grids, device=marks.device)}
             tokens_after[marks == mark] = sample[grid_name].prod(1) // config.vision_config.spatial_merge_size**2
         # The student's tokens, and behind each as many copies of it; then the copies become placeholders.

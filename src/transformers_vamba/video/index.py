@@ -270,3 +270,18 @@ def describe_frames(
 
 def truncation_error(num_frames: int, num_missing: int) -> DamageError:
     return DamageError(f"only {num_frames} of its {num_frames + num_missing} frames are there, the file is truncated")
+
+
+def seconds_of_frames(metadata: VideoMetadata, num_frames: int) -> np.ndarray:
+    """
+    When each sampled frame is shown, in seconds after the first of the video: float64, NaN if that is not known.
+
+    Raises:
+        ValueError: if the metadata is of another number of frames.
+    """
+    if metadata.frames_indices is None or not (metadata.fps or getattr(metadata, "frame_times", None) is not None):
+        return np.full(num_frames, np.nan)
+    seconds = np.array(metadata.timestamps, dtype=np.float64)
+    if len(seconds) != num_frames:
+        raise ValueError(f"`frames_indices` of `video_metadata` has {len(seconds)} entries for {num_frames} frames.")
+    return seconds

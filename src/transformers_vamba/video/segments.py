@@ -2,19 +2,21 @@
 """Videos a segment at a time: decoded and cut into patches ahead of their reader, in bounded memory."""
 
 import atexit
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from fractions import Fraction
-from itertools import islice
 from queue import SimpleQueue
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BatchFeature
 
 from .container import Picture, decode_packet, demux, open_video, video_stream
+from .index import seconds_of_frames
 from .reading import check_video, normalize_video, open_frames, open_named_source
 from .sources import errors_of
 
@@ -85,19 +87,20 @@ def check_live(kwargs: dict):
 
 def read_sampled(
     video_processor, video, kwargs: dict, segment_frames: int, stop: Callable[[], bool]
-) -> Iterator[tuple[list[torch.Tensor], int]]:
+) -> Iterator[tuple[list[torch.Tensor], np.ndarray, int]]:
     """
-    The sampled frames of a video, resized, at most `segment_frames` at a time, and how many there are in all. Where
-    reading fails, what came before is given first.
+    The sampled frames of a video, resized, at most `segment_frames` at a time, their times in seconds (float64, NaN if
+    not known), and how many there are in all. Where reading fails, what came before is given first.
     """
     with open_frames(
         video, video_processor.source_limits, kwargs["on_damage"], kwargs["input_data_format"], stop
     ) as frames:
-        indices, _ = video_processor.choose_frames(frames, kwargs)
+        indices, metadata = video_processor.choose_frames(frames, kwargs)
+        seconds = seconds_of_frames(metadata, len(indices))
         transform = video_processor.frame_transform(frames, kwargs)
         with closing(frames.read(indices, transform)) as resized:
-            for stretch in cut(resized, segment_frames):
-                yield stretch, len(indices)
+            for i, stretch in enumerate(cut(resized, segment_frames)):
+                yield stretch, seconds[i * segment_frames :][: len(stretch)], len(indices)
         if frames.failure is not None:
             with errors_of(video):
                 raise frames.failure
@@ -105,7 +108,7 @@ def read_sampled(
 
 def read_live(
     video_processor, video, kwargs: dict, segment_frames: int, stop: Callable[[], bool]
-) -> Iterator[tuple[list[torch.Tensor], None]]:
+) -> Iterator[tuple[list[torch.Tensor], np.ndarray, None]]:
     """As [`read_sampled`], of a source that is read as it comes: nobody knows how many frames there will be."""
     fps = kwargs["fps"] if kwargs["do_sample_frames"] else None
     limits = video_processor.source_limits
@@ -113,11 +116,14 @@ def read_live(
         stream = video_stream(container)
         picture, transform = Picture(stream), video_processor.frame_transform(None, kwargs)
         decoded = (frame for packet in demux(container) if not stop() for frame in decode_packet(packet))
+        first = next(decoded, None)
+        decoded = decoded if first is None else itertools.chain([first], decoded)
         sampled = decoded if fps is None else sample_live(decoded, stream.average_rate, fps)
         num_frames = 0
-        for stretch in cut((transform(picture.to_array(frame)) for frame in sampled), segment_frames):
+        for stretch in cut(((transform(picture.to_array(frame)), frame.time) for frame in sampled), segment_frames):
             num_frames += len(stretch)
-            yield stretch, None
+            resized, seconds = zip(*stretch)
+            yield list(resized), np.array(seconds, dtype=np.float64) - (first.time or 0.0), None
         if not num_frames and not stop():
             raise ValueError("it ended before a frame could be sampled")
 
@@ -134,7 +140,7 @@ def cut(frames: Iterator, length: int) -> Iterator[list]:
             failure = error
 
     intact = until_failure()
-    while stretch := list(islice(intact, length)):
+    while stretch := list(itertools.islice(intact, length)):
         yield stretch
     if failure is not None:
         raise failure
@@ -173,12 +179,14 @@ def preprocess_stretches(
 ) -> Iterator[tuple[BatchFeature, int, int | None]]:
     """The patches of each stretch of resized frames, their number of frames, and that of the whole video."""
     with closing(stretches):
-        for i, (frames, num_frames) in enumerate(stretches):
+        for i, (frames, seconds, num_frames) in enumerate(stretches):
             if i:  # only a whole video repeats a frame to fill a temporal patch
                 frames = frames[: len(frames) - len(frames) % temporal_patch_size]
             if frames:
                 stretch = torch.stack(frames)
-                yield video_processor.preprocess_resized([stretch], **videos_kwargs), len(frames), num_frames
+                segment = video_processor.preprocess_resized([stretch], **videos_kwargs)
+                video_processor.add_timestamps(segment, [seconds], **videos_kwargs)
+                yield segment, len(frames), num_frames
 
 
 def read_ahead(items: Iterator, stop: threading.Event) -> Iterator:
