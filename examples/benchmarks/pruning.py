@@ -3,7 +3,8 @@
 
     python examples/benchmarks/pruning.py --output results
 
-On a CPU the shapes are tiny. Random pixels: how much is dropped does not depend on them. A table of seconds and GiB is written and printed.
+On a CPU the shapes are tiny. The pixels are random: how much is dropped does not depend on them. A table of seconds
+and GiB is written and printed.
 """
 
 import argparse
