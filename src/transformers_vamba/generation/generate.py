@@ -13,10 +13,11 @@ from transformers.utils import ModelOutput
 
 from ..cache.cache import VIDEO_OPTIONS, VambaCache
 from ..compat import CACHE_NAME, NEWEST_TESTED, OLDEST_TESTED, rename_cache, takes_cache
-from ..inputs.checks import check_prompt_goes_on, check_prompt_repeats, check_tensor
+from ..inputs.checks import check_prompt_goes_on, check_prompt_repeats, check_tensor, check_text
 from ..inputs.media import Medium, drop_grids_without_pixels, group_media_by_row, pop_media
 from ..layers.vision import SEGMENT_FRAMES
 from .captured_step import plan_step
+from .locate import Reader, VideoReading, watching
 
 
 MAX_ROWS = 2**16  # of a cache that is filled before any text comes: a larger row number is a mistake
@@ -257,3 +258,65 @@ class VambaGenerationMixin(GenerationMixin):
         if rows_read is None and cache.rows == list(range(len(cache.videos))):
             cache.rows = None  # no text has been read yet: any number of rows may come to read the video
         return cache
+
+    @takes_cache
+    @torch.no_grad()
+    def locate(
+        self,
+        input_ids: torch.LongTensor,
+        cache: VambaCache,
+        token_mask: torch.BoolTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> list[VideoReading]:
+        r"""
+        When a text happened: how much of each time step of a video the model reads where it predicts the tokens of an
+        answer, or of any text about the video.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                The whole text from its beginning, prompt and answer: what `generate` returns.
+            cache ([`VambaCache`]):
+                Holds the videos. Neither they nor its text change, and its text is not read: `input_ids` are.
+            token_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Which tokens it is about, such as those of the answer, or of one of its words. What counts is what was
+                read to predict them, that is by the token before each. By default all.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 for padding.
+
+        Returns:
+            `list[VideoReading]`: Of each row the share that each time step has in what was read, and its seconds.
+
+        Raises:
+            ValueError: where a row has no video in the cache, or no token that it is about.
+
+        Example:
+
+        ```python
+        >>> tokens = model.generate(**inputs, cache=cache.fork())
+        >>> is_answer = torch.arange(tokens.shape[1]) >= inputs.input_ids.shape[1]
+        >>> (reading,) = model.locate(tokens, cache, token_mask=is_answer[None])
+        >>> max(reading.moments(), key=lambda moment: moment.weight).start
+        ```"""
+        check_text(self.config.text_config.hidden_size, input_ids, None, attention_mask, None, cache)
+        if not isinstance(cache, VambaCache) or not cache.videos:
+            raise ValueError("`cache` holds no video to be read: encode one with `encode_video`.")
+        rows = cache.resolve_rows(len(input_ids))
+        if None in rows:
+            raise ValueError(f"Row {rows.index(None)} reads no video of the cache (`cache.rows` is {rows}).")
+        is_text = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        token_mask = is_text if token_mask is None else token_mask
+        if token_mask.shape != input_ids.shape:
+            raise ValueError(f"`token_mask` must have shape {tuple(input_ids.shape)}, got {tuple(token_mask.shape)}.")
+        is_text, token_mask = is_text.bool().cpu(), token_mask.bool().cpu()
+        predicts = torch.zeros_like(is_text)
+        predicts[:, :-1] = is_text[:, :-1] & is_text[:, 1:] & token_mask[:, 1:]
+        if not predicts.any(1).all():
+            raise ValueError(
+                f"`token_mask` marks no token in row {predicts.any(1).tolist().index(False)}, or only the first one, "
+                "which nothing predicts."
+            )
+        videos = VambaCache(self.config, video_cache_implementation=cache.video_cache_implementation)
+        videos.videos, videos.steps, videos.rows = cache.videos, cache.steps, rows
+        reader = Reader(videos, rows)
+        with watching(self.model.language_model.layers, reader.receive, videos, rows, predicts):
+            self.model(input_ids=input_ids, attention_mask=attention_mask, cache=videos, use_cache=False)
+        return reader.readings()
