@@ -174,6 +174,18 @@ def test_generate_takes_the_options(model):
             assert torch.equal(outputs.sequences, generate(model, encoded.fork(), **more))
 
 
+def test_what_is_left_can_be_located(model):
+    times = torch.arange(0, 1700, 100)
+    cache = model.encode_video(
+        **VIDEO, video_timestamps_ms=times, segment_frames=8, video_pruning_rate=0.5, max_video_tokens=BUDGET
+    )
+    (reading,) = model.locate(make_text(), cache)
+    steps = cache.steps_of(0)
+    assert len(reading.weights) == len(steps.num_tokens) and reading.weights.sum().item() == pytest.approx(1, abs=1e-5)
+    assert steps.num_tokens.sum() == cache.video_lengths[0] and (steps.num_tokens > 0).all()
+    assert torch.equal(steps.timestamps_ms, steps.timestamps_ms.sort().values)
+
+
 def test_media_begin_whole(model):
     """Images stay whole, and of each video the first time step, also if it is of the size of what came before."""
     image = make_media("image", (1, *GRID), (1, *GRID))
