@@ -10,6 +10,7 @@ import cold_start
 import decoding
 import evaluation
 import inference
+import locating
 import mixer_kernels
 import pruning
 import pytest
@@ -139,3 +140,13 @@ def test_pruning_has_its_figures(tmp_path, capsys):
     assert [row["video_tokens"] for row in rows] == [210, 6 + 34 * 3, 6 + 34 * 2, 6 + 34, 210, 6 + 34 * 3, 210]
     assert all(row["encode_s"] > 0 and row["question_s"] > 0 and row["decode_ms"] > 0 for row in rows)
     assert (tmp_path / "pruning.md").read_text() in capsys.readouterr().out
+
+
+def test_locating_has_its_figures(tmp_path, capsys):
+    caches = ["dynamic", "offloaded_quantized"]
+    options = ["--device", "cpu", "--frames", "8,16", "--video-caches", ",".join(caches)]
+    locating.main([*options, "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "locating.json").read_text())["rows"]
+    assert [(row["frames"], row["video_cache"]) for row in rows] == [(n, cache) for n in (8, 16) for cache in caches]
+    assert [row["video_tokens"] for row in rows] == [24, 24, 48, 48] and all(row["seconds"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("video_tokens") == 4

@@ -176,3 +176,14 @@ def test_what_cannot_be_located(model):
     some = model.encode_video(**VIDEO, video_sample_ids=torch.tensor([1]))
     with pytest.raises(ValueError, match="Row 0 reads no video of the cache"):
         model.locate(text.repeat(2, 1), some)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_on_the_gpu_as_on_the_cpu(model, chunks, implementation):
+    options = {"video_timestamps_ms": TIMES, "video_cache_implementation": implementation}
+    (expected,) = model.locate(make_text(), model.encode_video(**VIDEO, **options))
+    device = tiny_model().to("cuda")
+    (reading,) = device.locate(make_text().to("cuda"), device.encode_video(**VIDEO, **options))
+    torch.testing.assert_close(reading.weights, expected.weights, atol=1e-3, rtol=1e-2)
+    assert torch.equal(reading.seconds, expected.seconds)

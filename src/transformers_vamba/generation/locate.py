@@ -16,10 +16,10 @@ from ..layers.decoder import VambaCrossAttention, VideoStates
 from ..ops.quantized_attention import QuantizedStates
 
 
-# Scores that are in memory at once, of all heads and queries: 64 MiB.
+# Scores of keys, and weights of steps, that are in memory at once, of all heads and queries: 64 MiB.
 SCORES_AT_ONCE = 2**24
 # What a step of a moment is read of at least, as a share of the step that is read most.
-LEAST_WEIGHT = 0.25
+LEAST_WEIGHT = 0.15
 
 
 class Moment(NamedTuple):
@@ -159,13 +159,14 @@ def _read_in_layer(
     hidden_states, reads, *_ = inputs
     videos = [keys for num_tokens, keys, _ in reads for _ in range(num_tokens // hidden_states.shape[1])]
     for row, keys in enumerate(videos):
-        query = layer.q_proj(hidden_states[row, token_mask[row].to(hidden_states.device)])
-        query = query.view(len(query), keys.shape[1], -1, layer.head_dim).transpose(0, 1)
-        log_weights = log_weights_of_steps(
-            query.flatten(1, 2), keys, cache.steps_of(rows[row]).num_tokens, layer.scaling
-        )
-        # (num_key_value_heads, num_tokens, heads that share a key, num_steps)
-        receive(layer.layer_idx, row, log_weights.unflatten(1, query.shape[1:3]).transpose(1, 2).flatten(0, 1))
+        steps = cache.steps_of(rows[row]).num_tokens
+        tokens_at_once = max(1, SCORES_AT_ONCE // (layer.num_heads * len(steps)))
+        for tokens in hidden_states[row, token_mask[row].to(hidden_states.device)].split(tokens_at_once):
+            query = layer.q_proj(tokens).view(len(tokens), keys.shape[1], -1, layer.head_dim).transpose(0, 1)
+            log_weights = log_weights_of_steps(query.flatten(1, 2), keys, steps, layer.scaling)
+            # (num_key_value_heads, num_tokens, heads that share a key, num_steps)
+            log_weights = log_weights.unflatten(1, query.shape[1:3])
+            receive(layer.layer_idx, row, log_weights.transpose(1, 2).flatten(0, 1))
 
 
 @contextmanager
@@ -177,8 +178,9 @@ def watching(
     token_mask: torch.BoolTensor,
 ) -> Iterator[None]:
     """
-    A block of code in which `receive` is called for each layer and row with the logarithms of what its tokens read,
-    float32 of shape `(num_heads, num_tokens, num_steps)`.
+    A block of code in which `receive` is called with the index of a layer, that of a row, and the logarithms of what
+    some of its tokens read, float32 of shape `(num_heads, num_tokens, num_steps)`; until all of `token_mask`, of shape
+    `(batch_size, sequence_length)`, have been.
     """
     hook = partial(_read_in_layer, receive, cache, rows, token_mask)
     handles = [layer.cross_attn.register_forward_pre_hook(hook) for layer in layers]
