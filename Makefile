@@ -2,7 +2,7 @@ PYTHON ?= python3
 OLDEST = .venv/transformers-5.17.0
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
-.PHONY: demo test test-latest lint
+.PHONY: demo test test-gpu test-latest lint
 
 demo: .venv/.installed
 	.venv/bin/python examples/demo.py
@@ -10,6 +10,10 @@ demo: .venv/.installed
 test: .venv/.installed $(OLDEST)
 	$(PYTEST)
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTEST)
+
+# On a machine with a GPU, with whatever is installed. What takes much of its memory runs one after another.
+test-gpu:
+	TRITON_CACHE_AUTOTUNING=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m gpu -n 10 --dist loadgroup
 
 # For maintainers, before a release: whatever is newest on PyPI, without constraints and without our own upper bounds.
 test-latest:
@@ -25,6 +29,7 @@ test-latest:
 lint: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 .venv/.installed: pyproject.toml constraints.txt tests/lmms-eval.txt
 	$(PYTHON) -m venv .venv

@@ -68,10 +68,7 @@ def encode(
 
 
 def answer(model, processor, cache, question, max_new_tokens=128):
-    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    # The video is in the cache already: no pixels come with the text, so nothing stands for them in it.
-    inputs = processor(text=prompt.replace(processor.video_token, ""), return_tensors="pt").to(model.device)
+    inputs = processor.prepare_question(question).to(model.device)
     # The fork shares the video, and keeps the text of this question to itself.
     tokens = model.generate(**inputs, cache=cache.fork(), max_new_tokens=max_new_tokens, do_sample=False)
     return processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

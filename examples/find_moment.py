@@ -20,9 +20,7 @@ def answer_with_reading(model, processor, cache, question, max_new_tokens=128):
     The answer to a question about the video in a cache, how much of each time step was read for it, the tokens of
     question and answer, and which of them are the answer.
     """
-    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(text=prompt.replace(processor.video_token, ""), return_tensors="pt").to(model.device)
+    inputs = processor.prepare_question(question).to(model.device)
     tokens = model.generate(**inputs, cache=cache.fork(), max_new_tokens=max_new_tokens, do_sample=False)
     is_answer = (torch.arange(tokens.shape[1]) >= inputs["input_ids"].shape[1])[None]
     (reading,) = model.locate(tokens, cache, token_mask=is_answer)

@@ -248,7 +248,7 @@ def left_out(
     folder: Path, known_fields: dict[str, dict], shards: list[Path], other_files: tuple[str, ...]
 ) -> list[str]:
     """Which fields of the known files and shards in a folder, and which of its other files, are not taken over."""
-    unknown = {name: [] for name in known_fields}
+    unknown: dict[str, list[str]] = {name: [] for name in known_fields}
     for name, known in known_fields.items():
         if (path := find_file(folder, name)) is not None:
             keep_known(read_json(path), known, unknown[name])

@@ -12,6 +12,7 @@ After an interruption the same command goes on: files that arrived are not sent 
 import argparse
 import dataclasses
 import filecmp
+import inspect
 import json
 import os
 import re
@@ -68,7 +69,7 @@ AUTO_MAP = {name: f"{cls.__module__.rsplit('.', 1)[1]}.{cls.__name__}" for name,
 
 def code_files() -> dict[str, str]:
     """Name and text of the files that the Auto classes need, as the Hub's remote code."""
-    return flat_files({Path(sys.modules[cls.__module__].__file__) for cls in AUTO_CLASSES.values()})
+    return flat_files({Path(inspect.getfile(cls)) for cls in AUTO_CLASSES.values()})
 
 
 def copy_weights(source: Path, target: Path) -> None:
@@ -196,7 +197,7 @@ def write_model(checkpoint: Path, folder: Path, **card) -> None:
     for name, text in code_files().items():
         (folder / name).write_text(text)
 
-    num_parameters = Counter()
+    num_parameters: Counter[str] = Counter()
     shards = find_shards(checkpoint)
     for shard in shards:
         take_weights(shard, folder)
@@ -229,6 +230,8 @@ def write_adapter(adapter: Path, folder: Path, base_model: str | None, **card) -
         ValueError: where neither the arguments nor the adapter name a base model on the Hub, or a file is damaged.
     """
     file = find_file(adapter, ADAPTER_CONFIG_NAME)
+    if file is None:
+        raise FileNotFoundError(f"{str(adapter)!r} has no {ADAPTER_CONFIG_NAME}.")
     config = read_json(file)
     config = keep_known(config, adapter_fields(config, file), [])
     base_model = base_model or config.get("base_model_name_or_path")

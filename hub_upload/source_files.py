@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig, Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
@@ -35,7 +36,7 @@ def fields_of(config_class: type) -> dict[str, None]:
     return dict.fromkeys({field.name for field in dataclasses.fields(config_class)} - of_a_classifier)
 
 
-def arguments_of(processor_class: type) -> dict[str, None]:
+def arguments_of(processor_class: Any) -> dict[str, None]:
     keywords = processor_class.valid_kwargs
     return dict.fromkeys(keywords.__required_keys__ | keywords.__optional_keys__)
 

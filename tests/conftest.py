@@ -111,6 +111,11 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a CUDA device")
 
 
+def pytest_runtest_teardown(item):
+    if item.get_closest_marker("gpu"):
+        torch.cuda.empty_cache()  # for the other processes that test beside this one
+
+
 def pytest_terminal_summary(terminalreporter):
     """Counts the outcomes of each of Transformers' mixins."""
     counts = Counter(

@@ -2,15 +2,56 @@
 """The supported versions of Transformers, one after the other and as a next one might be."""
 
 import importlib.util
+import inspect
 import logging
 
+import accelerate
 import pytest
 import torch
 import transformers
 from tiny_vamba import cache_of, make_media, make_text, tiny_model
-from transformers import DynamicCache, GenerationMixin, masking_utils
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, Trainer, masking_utils
 
-from transformers_vamba import VambaCache, compat
+from transformers_vamba import VambaCache, VambaForConditionalGeneration, compat
+from transformers_vamba.training.trainer import VambaTrainer
+
+
+# The private names of other packages that this one overrides or reads, with the reason. Those that every modeling file
+# of Transformers has, such as `_init_weights` or `_no_split_modules`, are left out: its common tests check them.
+OVERRIDDEN = {
+    (PreTrainedModel, "_set_gradient_checkpointing"): "lets layers checkpoint their parts; nothing public comes after",
+    (GenerationMixin, "_prepare_cache_for_generation"): "videos go into the cache before rows are repeated",
+    (GenerationMixin, "_expand_inputs_for_generation"): "beams and samples share their videos",
+    (GenerationMixin, "_prefill"): "checks the prompt against the cache, and that the videos are read",
+    (GenerationMixin, "_validate_model_kwargs"): "`video_cache_implementation` is for the cache, not for `forward`",
+    (GenerationMixin, "_valid_auto_compile_criteria"): "videos in the host's memory cannot be part of a CUDA graph",
+    (Trainer, "_get_num_items_in_batch"): "rows weigh equally, as published",
+}
+READ = {
+    (transformers.core_model_loading, "_weight_conversions"): "those that were not used would be reversed in saving",
+    (transformers.modeling_utils, "_gradient_checkpointing_func"): "checkpoints several layers at once",
+    (accelerate.hooks, "_hf_hook"): "the device where a module computes whose weights are elsewhere",
+    (torch.autograd.Variable._execution_engine, "queue_callback"): "runs after DDP and FSDP have given out gradients",
+    (torch.ops.aten, "_scaled_dot_product_flash_attention"): "the flash kernel, without settings of the process",
+    (torch._dynamo, "mark_static_address"): "CUDA graphs read a video in place",
+}
+if compat.CACHE_NAME == "cache":  # since Transformers 5.24
+    READ[transformers.generation.utils, "_mask_length"] = "length of a prompt whose mask of ones was dropped"
+
+
+@pytest.mark.parametrize("owner, name", OVERRIDDEN, ids=lambda value: getattr(value, "__name__", value))
+def test_what_is_overridden_is_there(owner, name):
+    """An override of nothing would never be called."""
+    ours = {PreTrainedModel: VambaForConditionalGeneration, GenerationMixin: VambaForConditionalGeneration}
+    assert getattr(ours.get(owner, VambaTrainer), name) is not getattr(owner, name)
+
+
+@pytest.mark.parametrize("owner, name", READ, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_what_is_read_is_there(owner, name):
+    if inspect.ismodule(owner) and owner.__name__.startswith(("transformers.", "accelerate.")):
+        assert name in inspect.getsource(owner)  # set on objects
+    else:
+        assert hasattr(owner, name)
 
 
 VIDEO = make_media("video", (5, 4, 6))

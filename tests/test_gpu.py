@@ -99,3 +99,17 @@ def test_generation_agrees_with_the_cpu(scan, kwargs):
     expected = model.generate(**BATCH, **kwargs)
     generated = model.cuda().generate(**{name: value.cuda() for name, value in BATCH.items()}, **kwargs)
     assert (generated.cpu() == expected).float().mean() > 0.95  # a tie may fall the other way
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("kwargs", ({}, {"video_cache_implementation": "quantized"}))
+def test_generation_on_a_device_that_is_not_the_current_one(kwargs):
+    model = tiny_model()
+    generated = [
+        model.to(device, torch.bfloat16).generate(
+            **{name: value.to(device) for name, value in BATCH.items()}, max_new_tokens=12, do_sample=False, **kwargs
+        )
+        for device in ("cuda:0", "cuda:1")
+    ]
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(generated[0].cpu(), generated[1].cpu())

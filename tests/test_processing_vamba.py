@@ -287,6 +287,29 @@ def test_wrapper_without_a_medium_is_not_marked(processor):
     assert marks_of(processor, outputs) == [[0, 1]]
 
 
+def test_questions_about_encoded_videos(processor):
+    """The tokens that come with a video, without its pixels, one at a time and in a batch."""
+    questions = ["What?", "What happens in the end?"]
+    conversations = [user(make_video(), question) for question in questions]
+    expected = [apply(processor, conversation)["input_ids"] for conversation in conversations]
+    named = [
+        {"role": "user", "content": [{"type": "video", "path": "not/there.mp4"}, {"type": "text", "text": "What?"}]}
+    ]
+    for question in (questions[0], conversations[0], named):
+        inputs = processor.prepare_question(question)
+        assert set(inputs) == {"input_ids", "attention_mask", "mm_token_type_ids"}
+        assert torch.equal(inputs["input_ids"], expected[0])
+    for batch in (questions, conversations, [questions[0], conversations[1]]):
+        inputs = processor.prepare_question(batch)
+        assert inputs["attention_mask"][0, 0] == 0  # on the left
+        for row, ids in enumerate(expected):
+            assert torch.equal(inputs["input_ids"][row, inputs["attention_mask"][row].bool()], ids[0])
+    with pytest.raises(ValueError, match="Question 1 is a conversation without an image or a video"):
+        processor.prepare_question([conversations[0], user("What?")])
+    with pytest.raises(ValueError, match="got an empty list"):
+        processor.prepare_question([])
+
+
 def test_truncation_of_a_medium_is_refused(processor):
     with pytest.raises(ValueError, match="Row 0 has 1 .* in its text but 0 in its tokens"):
         processor(text=f"What happens? {IMAGE}", images=make_image(), truncation=True, max_length=3)

@@ -24,6 +24,7 @@ import gc
 import os
 import statistics
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -116,6 +117,21 @@ def measure(model, num_frames: int, patches: tuple[int, int], row: dict, num_ste
     row["video_tokens"] = int(inputs["video_grid_thw"].prod()) // model.config.vision_config.spatial_merge_size**2
 
 
+def measure_sizes(
+    model, sizes: list[int], patches: tuple[int, int], case: dict, num_steps: int
+) -> Iterator[dict[str, object]]:
+    """A row for each number of frames, `case` and what was measured; after one that fails, larger ones are not run."""
+    failed_at = None
+    for num_frames in sizes:
+        row = {**case, "frames": num_frames}
+        if failed_at is not None:
+            row["note"] = f"fails at {failed_at} frames"
+        else:
+            attempt(partial(measure, num_steps=num_steps), model, num_frames, patches, row)
+            failed_at = num_frames if "note" in row else None
+        yield row
+
+
 def shard(model) -> None:
     """FSDP2 with the units that Accelerate takes by default."""
     units = set(model._no_split_modules)
@@ -125,7 +141,7 @@ def shard(model) -> None:
     fully_shard(model)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None, num_processes: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", default="vamba,qwen2-vl")
     parser.add_argument("--frames", help="default: 64,256,512,1024, and 8,16 on a CPU")
@@ -136,14 +152,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--attn", default="sdpa")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     args = parser.parse_args(arguments)
+    if args.lora and num_processes > 1:
+        parser.error("--lora is for one process")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
     num_processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    args = parse(arguments, num_processes)
     device = torch.device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if num_processes > 1:
-        if args.lora:
-            parser.error("--lora is for one process")
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     sizes = sorted(map(int, (args.frames or ("64,256,512,1024" if device.type == "cuda" else "8,16")).split(",")))
     machine, rows, name = describe_machine(device), [], "training_lora" if args.lora else "training"
@@ -159,25 +180,15 @@ def main(arguments: list[str] | None = None) -> None:
                 enable_checkpointing(model, form)
                 if gpus > 1:
                     shard(model)
-                failed_at = None
-                for num_frames in sizes:
-                    row = {
-                        "model": model_name,
-                        "attention": args.attn,
-                        "trained": "LoRA" if args.lora else "text side",
-                    }
-                    row |= {"checkpointing": form, "gpus": gpus, "frames": num_frames}
+                trained = "LoRA" if args.lora else "text side"
+                case = {"model": model_name, "attention": args.attn, "trained": trained}
+                case |= {"checkpointing": form, "gpus": gpus}
+                for row in measure_sizes(model, sizes, patches, case, args.steps):
                     rows.append(row)
-                    if failed_at is not None:
-                        row["note"] = f"fails at {failed_at} frames"
-                        continue
-                    attempt(partial(measure, num_steps=args.steps), model, num_frames, patches, row)
-                    if "note" in row:
-                        failed_at = num_frames
-                    elif gpus == 1:
-                        alone[num_frames] = row["step_s"]
-                    elif num_frames in alone:
-                        row["scaling"] = alone[num_frames] / row["step_s"]
+                    if gpus == 1:
+                        alone[row["frames"]] = row.get("step_s")
+                    elif "step_s" in row and alone.get(row["frames"]):
+                        row["scaling"] = alone[row["frames"]] / row["step_s"]
                     if rank == 0:
                         write_results(args.output, machine, rows, name, COLUMNS)
                 del model

@@ -28,12 +28,13 @@ if not Version(OLDEST_TESTED) <= Version(transformers.__version__) <= Version(NE
     )
 
 CACHE_NAMES = ("cache", "past_key_values")
-CACHE_NAME = next((name for name in CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters), None)
-if CACHE_NAME is None:
+_known_names = [name for name in CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters]
+if not _known_names:
     raise ImportError(
         f"Transformers {transformers.__version__} calls its cache neither {' nor '.join(map(repr, CACHE_NAMES))}, the "
         f"names that Vamba knows. Install Transformers {OLDEST_TESTED} to {NEWEST_TESTED}."
     )
+CACHE_NAME = _known_names[0]
 
 # Arguments that Transformers' `forward` methods let through without a parameter of their own.
 PASSED_ON = frozenset(TransformersKwargs.__annotations__) | {

@@ -86,7 +86,7 @@ class VambaTextConfig(Qwen2VLTextConfig):
         """Part of `@strict`-powered validation: the sizes that have to divide each other."""
         self._check_sizes()
         inner_size = self.mamba_expand * self.hidden_size
-        divisible = (
+        divisible: tuple[tuple[str, int, str, Any], ...] = (
             ("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads),
             ("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads),
             ("mamba_expand * hidden_size", inner_size, "mamba_d_head", self.mamba_d_head),
@@ -149,10 +149,9 @@ class VambaConfig(Qwen2VLConfig):
             kwargs = _translate_published_config(kwargs)
             self.architectures = ["VambaForConditionalGeneration"]  # the published code's class has Qwen2-VL's name
             # The published code gives its vision configuration Qwen2-VL's own model type, among other leftovers.
-            self.vision_config = {
-                name: value for name, value in self.vision_config.items() if hasattr(Qwen2VLVisionConfig, name)
-            }
-            self.vision_config.pop("model_type", None)
+            known = {name: value for name, value in self.vision_config.items() if hasattr(Qwen2VLVisionConfig, name)}
+            known.pop("model_type", None)
+            self.vision_config: Any = known
         super().__post_init__(**kwargs)
         _check_number_of_layers("vision_config.depth", self.vision_config.depth)
         if self.vision_config.hidden_size != self.text_config.hidden_size:

@@ -24,11 +24,11 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -66,7 +66,7 @@ from .layers.mixer import VambaMixer
 from .layers.video_context import VideoContext
 from .layers.vision import SEGMENT_FRAMES, VambaVisionModel
 from .parallel.devices import execution_device
-from .parallel.gradient_checkpointing import resolve_checkpointing
+from .parallel.gradient_checkpointing import CheckpointingMixin
 from .parallel.ranks import (
     copy_parameters,
     forget_zero_gradients,
@@ -81,29 +81,10 @@ from .parallel.sequence import check_no_dropout, check_stretches
 logger = logging.get_logger(__name__)
 
 
-class VambaPreTrainedModel(Qwen2VLPreTrainedModel):
+class VambaPreTrainedModel(CheckpointingMixin, Qwen2VLPreTrainedModel):
     config: VambaConfig
     _no_split_modules = ["VambaDecoderLayer", "Qwen2VLVisionBlock"]
     _skip_keys_device_placement = list(CACHE_NAMES)
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """As of Transformers, which warns of this name since 5.24. PEFT and TRL still ask by it."""
-        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
-
-    def _set_gradient_checkpointing(
-        self,
-        enable: bool = True,
-        gradient_checkpointing_func: Callable = torch_checkpoint,
-        every_n_layers: int = 1,
-    ):
-        checkpoint, layers_per_checkpoint = resolve_checkpointing(gradient_checkpointing_func, every_n_layers)
-        super()._set_gradient_checkpointing(enable, checkpoint, every_n_layers)
-        for module in self.modules():
-            if isinstance(module, VambaTextModel):
-                module.layers_per_checkpoint = layers_per_checkpoint if enable else 1
-            elif isinstance(module, VambaDecoderLayer):
-                module.checkpoint_in_parts(checkpoint if enable else None, layers_per_checkpoint)
 
     def set_sequence_parallel_group(self, group: ProcessGroup | None) -> None:
         """
@@ -170,7 +151,7 @@ class VambaTextModel(VambaPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             [VambaDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -227,14 +208,14 @@ class VambaTextModel(VambaPreTrainedModel):
         text_cache = None if is_for_videos_alone else cache
 
         position_ids = resolve_positions(position_ids, inputs_embeds, text_cache)
-        run_layers = partial(
+        layer_kwargs: dict[str, Any] = {CACHE_NAME: text_cache, **kwargs}
+        run_layers: Callable = partial(
             self._run_layers,
             make_masks(self.config, attention_mask, inputs_embeds, text_cache, position_ids),
             position_ids=position_ids,
-            **{CACHE_NAME: text_cache},
             position_embeddings=self.rotary_emb(inputs_embeds, position_ids.expand(3, batch_size, -1)),
             video_context=video_context,
-            **kwargs,
+            **layer_kwargs,
         )
         hidden_states = inputs_embeds
         if self.layers_per_checkpoint > 1 and self.training and text_cache is None:
@@ -251,7 +232,9 @@ class VambaTextModel(VambaPreTrainedModel):
             **{CACHE_NAME: cache if use_cache else text_cache},
         )
 
-    def _context_of_cache(self, cache: VambaCache, text_lengths: list[int], use_cache: bool) -> VideoContext | None:
+    def _context_of_cache(
+        self, cache: VambaCache, text_lengths: list[int], use_cache: bool | None
+    ) -> VideoContext | None:
         """What the layers have to know of the videos in a cache; `None` if no row reads any."""
         cache.check_fits(self.config)
         rows = cache.resolve_rows(len(text_lengths))
@@ -317,14 +300,15 @@ class VambaModel(VambaPreTrainedModel):
             for row, row_media in enumerate(media):
                 if not row_media:
                     continue
-                if rows[row] is None:
-                    rows[row] = cache.add_video()
-                elif rows.count(rows[row]) > 1:
+                index = rows[row]
+                if index is None:
+                    index = rows[row] = cache.add_video()
+                elif rows.count(index) > 1:
                     raise ValueError(
                         f"Row {row} brings images or videos, but shares its video in the cache with other rows. "
                         "Append to a shared video with `encode_video`, before the batch of questions."
                     )
-                self._append_media(row_media, cache, rows[row], max_steps, num_remaining_tokens)
+                self._append_media(row_media, cache, index, max_steps, num_remaining_tokens)
         cache.rows = rows
 
     def _append_media(

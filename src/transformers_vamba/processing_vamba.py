@@ -2,7 +2,7 @@
 """Processor class for Vamba."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -170,6 +170,50 @@ class VambaProcessor(Qwen2VLProcessor):
                 outputs[f"{medium}_sample_ids"] = sample_ids.numpy() if as_numpy else sample_ids
         return outputs
 
+    def prepare_question(self, question: str | list) -> BatchFeature:
+        """
+        Prepares questions about videos that are in a cache already: the text says where each video stands, and brings
+        no pixels.
+
+            inputs = processor.prepare_question("What happens first?").to(model.device)
+            model.generate(**inputs, cache=cache.fork())
+
+        Args:
+            question (`str`, a conversation, or a `list` of these):
+                A question about one video; or messages with a part `{"type": "video"}` where each video stands. What
+                such a part names is not opened.
+
+        Returns:
+            `BatchFeature`: **input_ids**, **attention_mask** and **mm_token_type_ids**, int64 of shape (rows, tokens),
+            padded on the left.
+
+        Raises:
+            `ValueError`: for no question, and for a conversation without an image or a video.
+        """
+        is_conversation = isinstance(question, (list, tuple)) and question and isinstance(question[0], Mapping)
+        questions = [question] if isinstance(question, str) or is_conversation else list(question)
+        if not questions:
+            raise ValueError("Expected a question, a conversation, or a list of these, got an empty list.")
+        conversations = [
+            [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": each}]}]
+            if isinstance(each, str)
+            else each
+            for each in questions
+        ]
+        prompts = self.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+        texts = [self.remove_placeholders(prompt) for prompt in prompts]
+        for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+            if text == prompt:
+                raise ValueError(
+                    f"Question {row} is a conversation without an image or a video. Put a part {{'type': 'video'}} "
+                    "where the video of the cache stands."
+                )
+        return self(text=texts, padding=True, return_tensors="pt")
+
+    def remove_placeholders(self, text: str) -> str:
+        """What of a prompt is tokenized: without what stands for the pixels of images and videos."""
+        return text.replace(self.image_token, "").replace(self.video_token, "")
+
     def iter_video_segments(
         self,
         video,
@@ -209,9 +253,9 @@ class VambaProcessor(Qwen2VLProcessor):
 
         Yields:
             `BatchFeature`: `pixel_values_videos`, `video_grid_thw` and `video_timestamps_ms` of the segment; and
-            `num_remaining_tokens`, the
-            tokens of the segments to come, unless the source is live. `encode_video` sizes its cache by it. Leaving
-            off early waits for the frame in progress, but no longer than a second, as a live source may have stalled.
+            `num_remaining_tokens`, the tokens of the segments to come, unless the source is live. `encode_video` sizes
+            its cache by it. Leaving off early waits for the frame in progress, but no longer than a second, as a live
+            source may have stalled.
 
         Raises:
             `FileNotFoundError`: for a path without a file.

@@ -33,7 +33,7 @@ from .video.sources import errors_of
 SAMPLING = ("num_frames", "fps")
 
 
-class VambaVideoProcessorKwargs(VideosKwargs, total=False):
+class VambaVideoProcessorKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]  # a `TypedDict`
     r"""
     min_pixels (`int`, *optional*, defaults to `56 * 56`):
         Least number of pixels of a frame after the last resize, to multiples of `patch_size * merge_size`.
@@ -347,7 +347,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
 
         def transform(frame) -> torch.Tensor:
             if isinstance(frame, np.ndarray):
-                frame = torch.from_numpy(np.require(frame, requirements="CW"))
+                frame = torch.from_numpy(np.require(frame, requirements=["C", "W"]))
             # A batch of one, whose channels stay the last in memory: torchvision is fastest with these.
             frame = frame.to(device or frame.device).movedim(-1, 0)[None]
             if scale != 1.0:

@@ -387,7 +387,7 @@ def test_a_cache_keeps_to_its_options(model):
         name = next(iter(options))
         for call in (model.encode_video, lambda **kwargs: generate(model, **kwargs)):
             with pytest.raises(
-                ValueError, match=f"`{name}` is .*, but the cache given as `cache` was made with {name}="
+                ValueError, match=f"`{name}` is .*, but the cache that was given keeps its videos with {name}="
             ):
                 call(**VIDEO, **options, cache=cache)
 

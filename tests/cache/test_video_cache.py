@@ -13,8 +13,6 @@ from transformers_vamba.cache.layers import VambaQuantizedVideoLayer
 from transformers_vamba.cache.storage import DeviceStorage, HostStorage
 from transformers_vamba.inputs.media import Medium
 from transformers_vamba.layers.decoder import VambaCrossAttention
-from transformers_vamba.ops.quantized_attention import quantize
-from transformers_vamba.ops.quantized_kernel import attend, can_attend
 
 
 IMPLEMENTATIONS = ("dynamic", "quantized", "offloaded", "offloaded_quantized")
@@ -356,11 +354,11 @@ def test_errors(model):
         model.encode_video(**VIDEO, num_remaining_tokens=-1)
     cache = model.encode_video(**VIDEO)
     with pytest.raises(
-        ValueError, match="is 'offloaded', but the cache .* made with video_cache_implementation='dynamic'"
+        ValueError, match="is 'offloaded', but the cache .* keeps its videos with video_cache_implementation='dynamic'"
     ):
         model.encode_video(**VIDEO, cache=cache, video_cache_implementation="offloaded")
     with pytest.raises(
-        ValueError, match="is 'quantized', but the cache .* made with video_cache_implementation='dynamic'"
+        ValueError, match="is 'quantized', but the cache .* keeps its videos with video_cache_implementation='dynamic'"
     ):
         generate(model, make_text(), cache=cache, video_cache_implementation="quantized")
     assert cache.video_lengths == [102]
@@ -389,35 +387,10 @@ def test_on_a_gpu(implementation, attn_implementation):
     assert torch.equal(once, again)
     assert torch.equal(generate(model, text, cache=cache.fork().to("cpu").to("cuda")), once)
     static = generate(model, text, cache=cache.fork(), cache_implementation="static")
-    assert (static == once).float().mean() > 0.9  # a tie may fall the other way
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("token_major", (False, True), ids=("heads first", "tokens first"))
-@pytest.mark.parametrize("num_tokens", (1, 63, 5000, 200_001))
-@pytest.mark.parametrize("num_heads, num_queries, head_dim", [(4, 7, 128), (4, 112, 128), (2, 1, 16)])
-def test_kernel_of_eight_bits(num_heads, num_queries, head_dim, num_tokens, token_major):
-    """Against float64 over the same codes, in either layout of the storage."""
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        query = 3 * torch.randn(1, num_heads, num_queries, head_dim, dtype=torch.bfloat16)
-        keys, values = torch.randn(2, 1, num_heads, num_tokens, head_dim, dtype=torch.bfloat16)
-        centre = torch.zeros(1, num_heads, 1, head_dim)
-    keys, values = quantize(keys, centre), quantize(values, centre)
-    scores = query.double() @ keys.dequantize().double().mT / head_dim**0.5
-    expected = (scores.softmax(-1) @ values.dequantize().double()).transpose(1, 2)
-    if token_major:
-        keys, values = (
-            states._replace(
-                codes=states.codes.transpose(1, 2).contiguous().transpose(1, 2),
-                scales=states.scales.transpose(1, 2).contiguous().transpose(1, 2),
-            )
-            for states in (keys, values)
-        )
-    assert can_attend(query)
-    error = relative_error(attend(query, keys, values, head_dim**-0.5), expected)
-    print(f"relative error {error:.1e}")
-    assert error < 2e-2  # bfloat16 weights, of a mean of so many tokens that little is left of it
+    # In bfloat16 a tie may fall the other way: each token is the likeliest after those before it, or nearly.
+    logits = model(input_ids=static[:, :-1], cache=cache.fork()).logits[:, text.shape[1] - 1 :].float()
+    chosen = logits.gather(-1, static[:, text.shape[1] :, None])
+    assert (logits.amax(-1, keepdim=True) - chosen).max() < 2e-2 * logits.abs().max()
 
 
 @pytest.mark.gpu

@@ -179,10 +179,7 @@ def test_frames_and_answers_are_those_by_hand(run, benchmarks, model_and_process
         assert any(matching), task
 
         sample = next(s for s in samples_of(results, task) if QUESTION in s["arguments"][0] or task in ONE_QUESTION)
-        content = [{"type": "video"}, {"type": "text", "text": sample["arguments"][0]}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        text = text.replace(processor.video_token, "")
-        tokens = processor.tokenizer(text, return_tensors="pt")
+        tokens = processor.prepare_question(sample["arguments"][0])
         answer = model.generate(**tokens, **inputs, max_new_tokens=8, do_sample=False)
         answer = processor.decode(answer[0, tokens.input_ids.shape[1] :], skip_special_tokens=True)
         assert sample["filtered_resps"][0] == answer, task

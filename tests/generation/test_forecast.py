@@ -191,7 +191,7 @@ def test_peak_is_that_of_living_tensors(processor, monkeypatch, num_segments, ke
     on a CUDA device counts as that here.
     """
     model, living = small_model(), LivingBytes()
-    for name in ("quick_gelu", "rotate"):
+    for name in ("quick_gelu", "rotate_patches"):
         monkeypatch.setattr(vision_module, name, living.as_one_kernel(getattr(vision_module, name)))
     for module, name in ((VambaMixer, "_scan"), (Zamba2RMSNormGated, "forward")):
         monkeypatch.setattr(module, name, living.as_one_kernel(getattr(module, name)))

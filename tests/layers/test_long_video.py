@@ -131,6 +131,7 @@ def test_long_sequence_in_stretches(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("implementation", ("triton", "mamba_ssm"))
 @pytest.mark.parametrize("num_tokens", (300_000, 1_000_000, TOKENS_OF_THREE_HOURS))
 def test_long_sequence_on_the_kernels(num_tokens, implementation):
@@ -158,6 +159,7 @@ def test_long_sequence_on_the_kernels(num_tokens, implementation):
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")
 def test_one_call_beyond_32_bits(monkeypatch):
     """300,000 tokens at once, in rows of 14,704 numbers (4.4e9 together), give what stretches give."""
     layer = make_layer(VambaTextConfig(), "cuda", torch.bfloat16)
@@ -222,6 +224,7 @@ def compare_scans(num_tokens: int, stretch: int = 32768) -> float:
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")
 def test_public_kernel_needs_stretches():
     """
     Within 2^31 numbers one call for all tokens gives what stretches give; beyond, it crashes or is wrong, silently.

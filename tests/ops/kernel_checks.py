@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a scan, a convolution, a gated norm and the tower's functions give, and their gradients, against the definitions
-in float64.
+What the Triton kernels give, and their gradients, against the definitions in float64: a scan, a convolution, a gated
+norm, the tower's activation, rotations, attention of few queries, and parts of a decoding step.
 
 As a program it checks the Triton kernels on a CPU, with Triton's interpreter: `TRITON_INTERPRET=1` must be set before
 Triton is imported, hence a process of its own.
@@ -10,13 +10,26 @@ Triton is imported, hence a process of its own.
 import torch
 from reference_vamba import reference_scan
 from torch.nn.functional import conv1d, silu, softplus
-from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
 
-from transformers_vamba.ops import convolution_kernels, gated_norm, scan_kernels, tower_kernels, triton_support
+from transformers_vamba.ops import (
+    activation,
+    convolution_kernels,
+    flash_decoding,
+    gated_norm,
+    rotary,
+    scan_kernels,
+    step_kernels,
+    triton_support,
+)
+from transformers_vamba.ops.activation import quick_gelu
 from transformers_vamba.ops.convolution import convolve
+from transformers_vamba.ops.flash_decoding import can_flash_decode, flash_decode
 from transformers_vamba.ops.gated_norm import gated_rms_norm
+from transformers_vamba.ops.quantized_attention import quantize
+from transformers_vamba.ops.rotary import rotate_patches, rotate_text
 from transformers_vamba.ops.scan import scan
-from transformers_vamba.ops.tower_kernels import quick_gelu, rotate
+from transformers_vamba.ops.step_kernels import can_fuse, gate_and_up, mix_and_norm
 
 
 # Lengths of the sequences, whether the first has begun before, and heads, head size, state size and groups.
@@ -37,6 +50,16 @@ CONVOLUTIONS = [
     ([5], False, 64, 1, True),
 ]
 TOWERS = [(5, 2, 16), (3, 3, 40), (30, 16, 80)]  # patches, heads, head size
+TEXTS = [(1, 1, 7, 16), (3, 5, 4, 24), (2, 30, 28, 128)]  # rows, tokens, heads, head size
+# Heads, queries per head, tokens, head size, whether in 8 bits, and whether the tokens of a head lie apart.
+DECODINGS = [
+    (2, 3, 1, 16, False, False),
+    (4, 7, 1000, 32, False, True),
+    (2, 130, 200, 16, False, False),
+    (4, 7, 1000, 32, True, True),
+    (2, 130, 65, 16, True, False),
+]
+STEPS = [(1, 1, 64, 96), (3, 1, 40, 200), (2, 8, 256, 70)]  # rows, tokens, hidden size, size of the MLP
 NORMS = [(20, 96, 48), (3, 64, 64), (600, 40, 40)]  # tokens, channels, channels per group
 
 
@@ -133,22 +156,94 @@ def tower_errors(num_patches, num_heads, head_dim, device="cpu", dtype=torch.flo
     angles = torch.randn(num_patches, head_dim // 2).repeat(1, 2)
     qkv = torch.randn(num_patches, 3, num_heads, head_dim)
     ours, (hidden_states, reference) = draw([torch.randn(num_patches, 80), qkv], device, [dtype] * 2)
-    outputs = [quick_gelu(ours[0]), torch.stack(rotate(ours[1], angles.cos().to(device), angles.sin().to(device)), 1)]
+    cos, sin = angles.cos().to(device), angles.sin().to(device)
+    outputs = [quick_gelu(ours[0]), torch.stack(rotate_patches(ours[1], cos, sin), 1)]
     query, key, value = reference.unbind(1)
     query, key = apply_rotary_pos_emb_vision(query, key, angles.double().cos(), angles.double().sin())
     expected = [hidden_states * torch.sigmoid(1.702 * hidden_states), torch.stack([query, key, value], dim=1)]
     return errors(outputs, ours, expected, [hidden_states, reference])
 
 
+def text_errors(num_rows, num_tokens, num_heads, head_dim, device="cpu", dtype=torch.float32) -> list[float]:
+    """Of queries and keys, of which there are fewer, with one row of positions for all."""
+    torch.manual_seed(0)
+    angles = torch.randn(1, num_tokens, head_dim // 2).repeat(1, 1, 2)
+    tensors = [torch.randn(num_rows, num_tokens, heads, head_dim) for heads in (num_heads, 2)]
+    ours, inputs = draw(tensors, device, [dtype] * 2)
+    with triton_support.recorded_launches():
+        outputs = rotate_text(*ours, angles.cos().to(ours[0]), angles.sin().to(ours[0]))
+    cos, sin = (x.to(dtype).double() for x in (angles.cos(), angles.sin()))
+    return errors(outputs, ours, apply_rotary_pos_emb(*inputs, cos, sin, unsqueeze_dim=2), inputs)
+
+
+def decoding_errors(
+    num_heads, num_queries, num_tokens, head_dim, is_quantized, is_token_major, device="cpu", dtype=torch.float16
+) -> list[float]:
+    torch.manual_seed(0)
+    shape = (1, num_heads, num_tokens, head_dim)
+    query = 3 * torch.randn(1, num_heads, num_queries, head_dim, dtype=dtype, device=device)
+    keys, values = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
+    full = keys.double(), values.double()
+    if is_quantized:
+        keys, values = (quantize(x, x.float().mean(2, keepdim=True)) for x in (keys, values))
+        full = keys.dequantize().double(), values.dequantize().double()
+    if is_token_major:
+        keys, values = (
+            x._replace(codes=tokens_first(x.codes), scales=tokens_first(x.scales)) if is_quantized else tokens_first(x)
+            for x in (keys, values)
+        )
+    assert can_flash_decode(query)
+    expected = ((query.double() @ full[0].mT / head_dim**0.5).softmax(-1) @ full[1]).transpose(1, 2)
+    found = flash_decode(query, keys, values, head_dim**-0.5)
+    assert found.dtype == dtype
+    return [((found.double() - expected).norm() / expected.norm()).item()]
+
+
+@torch.no_grad()
+def step_errors(num_rows, num_tokens, hidden_size, mlp_size, device="cpu", dtype=torch.float16) -> list[float]:
+    """Of the MLP's gate and up, and of what is added to the text and its norm, with the share cut off and as it is."""
+    torch.manual_seed(0)
+    residual, attention, cross = torch.randn(3, num_rows, num_tokens, hidden_size, dtype=dtype, device=device)
+    gate, up = (torch.nn.Linear(hidden_size, mlp_size, bias=False, device=device, dtype=dtype) for _ in range(2))
+    norm = torch.nn.RMSNorm(hidden_size, eps=1e-6, device=device, dtype=dtype)
+    norm.weight.normal_(1, 0.1)
+    with triton_support.recorded_launches():
+        assert can_fuse(residual, gate, up, norm)
+    gated = silu(residual.double() @ gate.weight.double().T) * (residual.double() @ up.weight.double().T)
+    pairs = [(gate_and_up(residual, gate, up), gated)]
+    for share in (0.3, -2.0, 1.5):
+        alpha = torch.tensor([share], dtype=dtype, device=device)
+        found, normed = mix_and_norm(residual, attention, cross, alpha, norm)
+        alpha = alpha.double().clamp(0, 1)
+        expected = residual.double() + alpha * attention.double() + (1 - alpha) * cross.double()
+        scale = torch.rsqrt(expected.pow(2).mean(-1, keepdim=True) + 1e-6)
+        pairs += [(found, expected), (normed, expected * scale * norm.weight.double())]
+    return [((found.double() - expected).norm() / expected.norm()).item() for found, expected in pairs]
+
+
+def tokens_first(states: torch.Tensor) -> torch.Tensor:
+    """The same tensor, with all heads of a token side by side in memory."""
+    return states.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def main():
-    for module in (convolution_kernels, gated_norm, scan_kernels, tower_kernels, triton_support):
+    modules = (activation, convolution_kernels, flash_decoding, gated_norm, rotary, scan_kernels, step_kernels)
+    for module in (*modules, triton_support):
         module.is_usable = lambda device: True
-    checks = {scan_errors: SCANS, convolution_errors: CONVOLUTIONS, norm_errors: NORMS, tower_errors: TOWERS}
-    for check, cases in checks.items():
+    checks = [
+        (scan_errors, SCANS, 1e-4),
+        (convolution_errors, CONVOLUTIONS, 1e-4),
+        (norm_errors, NORMS, 1e-4),
+        (tower_errors, TOWERS, 1e-4),
+        (text_errors, TEXTS, 1e-4),
+        (decoding_errors, DECODINGS, 2e-3),  # in float16
+        (step_errors, STEPS, 2e-3),
+    ]
+    for check, cases, tolerance in checks:
         for case in cases:
             found = check(*case)
             print(check.__name__, case, " ".join(f"{error:.0e}" for error in found), flush=True)
-            assert max(found) < 1e-4
+            assert max(found) < tolerance
 
 
 if __name__ == "__main__":

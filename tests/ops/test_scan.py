@@ -12,10 +12,15 @@ from kernel_checks import (
     CONVOLUTIONS,
     NORMS,
     SCANS,
+    STEPS,
+    TEXTS,
     TOWERS,
     convolution_errors,
+    decoding_errors,
     norm_errors,
     scan_errors,
+    step_errors,
+    text_errors,
     tower_errors,
     worst,
 )
@@ -25,6 +30,7 @@ from transformers.utils import is_mamba_2_ssm_available
 from transformers_vamba.ops import scan as scan_module
 from transformers_vamba.ops import triton_support
 from transformers_vamba.ops.scan import IMPLEMENTATIONS, choose_implementation, scan
+from transformers_vamba.ops.step_kernels import can_fuse
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -77,11 +83,55 @@ def test_other_kernels_on_a_gpu(dtype, tolerance):
         assert max(norm_errors(*case, device="cuda", dtype=dtype)) < tolerance
     for case in TOWERS:
         assert max(tower_errors(*case, device="cuda", dtype=dtype)) < tolerance
+    for case in TEXTS:
+        assert max(text_errors(*case, device="cuda", dtype=dtype)) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_token_major", (False, True), ids=("heads first", "tokens first"))
+@pytest.mark.parametrize("is_quantized", (False, True), ids=("16 bits", "8 bits"))
+@pytest.mark.parametrize("num_tokens", (1, 63, 5000, 200_001))
+def test_decoding_on_a_gpu(num_tokens, is_quantized, is_token_major):
+    for num_heads, num_queries, head_dim in [(4, 7, 128), (4, 112, 128), (4, 245, 128), (2, 1, 16)]:
+        case = (num_heads, num_queries, num_tokens, head_dim, is_quantized, is_token_major)
+        for dtype, tolerance in ((torch.float16, 3e-3), (torch.bfloat16, 2e-2)):
+            (error,) = decoding_errors(*case, device="cuda", dtype=dtype)
+            print(f"{case}, {dtype}: relative error {error:.1e}")
+            assert error < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*STEPS, (1, 1, 3584, 18944), (16, 1, 3584, 18944)], ids=str)
+def test_step_on_a_gpu(case):
+    for dtype, tolerance in ((torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
+        assert max(step_errors(*case, device="cuda", dtype=dtype)) < tolerance
+
+
+@pytest.mark.gpu
+def test_what_is_not_plain_is_not_fused():
+    states, plain = torch.randn(1, 1, 64, device="cuda").half(), torch.nn.Linear(64, 64, bias=False).cuda().half()
+    with torch.no_grad(), triton_support.recorded_launches():
+        assert can_fuse(states, plain)
+        assert not can_fuse(states.float(), plain)
+        assert not can_fuse(states.expand(1, 17, 64), plain)
+        assert not can_fuse(states, torch.nn.Sequential(plain))
+        assert not can_fuse(states, torch.nn.Linear(64, 64).cuda().half())  # has a bias
+        with torch.autocast("cuda", torch.float16):
+            assert not can_fuse(states, plain)
+        plain.register_forward_hook(lambda *args: None)
+        assert not can_fuse(states, plain)
+    with torch.no_grad():
+        assert not can_fuse(states, torch.nn.Linear(64, 64, bias=False).cuda().half())  # is not recorded
 
 
 @pytest.mark.parametrize("case", TOWERS, ids=str)
 def test_functions_of_the_tower_in_torch(case):
     assert max(tower_errors(*case)) < 1e-6
+
+
+@pytest.mark.parametrize("case", TEXTS, ids=str)
+def test_rotation_of_the_text_in_torch(case):
+    assert max(text_errors(*case)) < 1e-6
 
 
 def test_a_tensor_on_the_cpu_takes_pytorch(monkeypatch):

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from tiny_vamba import FIXTURES, TINY_CHECKPOINT
 from transformers import (
     AutoModelForImageTextToText,
-    AutoProcessor,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLProcessor,
@@ -21,11 +20,6 @@ from transformers import (
 
 from transformers_vamba import VambaDataCollator, VambaForConditionalGeneration
 from transformers_vamba.training.distillation import VambaDistillationTrainer, distillation_loss, qwen2_vl_samples
-
-
-@pytest.fixture
-def processor():
-    return AutoProcessor.from_pretrained(TINY_CHECKPOINT)
 
 
 @pytest.fixture
@@ -82,7 +76,7 @@ def rows():
     ]
 
 
-def make_trainer(model, processor, output_dir, rows, packing=False, **options):
+def make_trainer(model, tiny_processor, output_dir, rows, packing=False, **options):
     arguments = {
         "max_steps": 2,
         "per_device_train_batch_size": 3,
@@ -108,7 +102,7 @@ def make_trainer(model, processor, output_dir, rows, packing=False, **options):
         ),
         train_dataset=rows,
         data_collator=VambaDataCollator(
-            processor, packing=packing, processor_kwargs={"videos_kwargs": {"do_sample_frames": False}}
+            tiny_processor, packing=packing, processor_kwargs={"videos_kwargs": {"do_sample_frames": False}}
         ),
         **options,
     )
@@ -129,28 +123,28 @@ def test_loss_is_the_published_one():
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
 
 
-def test_trainer_adds_the_published_loss_to_that_of_the_labels(processor, tmp_path):
+def test_trainer_adds_the_published_loss_to_that_of_the_labels(tiny_processor, tmp_path):
     model = VambaForConditionalGeneration.from_pretrained(FIXTURES / "published").train()
     inputs, (loss, divergence) = published_case()
     for coefficient in (0.0, 0.5):
-        trainer = make_trainer(model, processor, tmp_path, [], distill_coeff=coefficient)
+        trainer = make_trainer(model, tiny_processor, tmp_path, [], distill_coeff=coefficient)
         given = trainer.compute_loss(model, dict(inputs))
         torch.testing.assert_close(given, loss + coefficient * divergence, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("packing", (True, False))
-def test_teacher_is_given_what_its_own_processor_gives(processor, student, teacher, rows, packing):
+def test_teacher_is_given_what_its_own_processor_gives(tiny_processor, student, teacher, rows, packing):
     batch = VambaDataCollator(
-        processor, packing=packing, processor_kwargs={"videos_kwargs": {"do_sample_frames": False}}
+        tiny_processor, packing=packing, processor_kwargs={"videos_kwargs": {"do_sample_frames": False}}
     )(rows)
     kept = batch["labels"] != -100
     samples = list(qwen2_vl_samples(batch, kept, student.config))
     size = {"shortest_edge": 112 * 112, "longest_edge": 112 * 112}
     qwen2_vl_processor = Qwen2VLProcessor(
-        processor.image_processor,
-        processor.tokenizer,
+        tiny_processor.image_processor,
+        tiny_processor.tokenizer,
         Qwen2VLVideoProcessor(size=size, do_sample_frames=False),
-        chat_template=processor.chat_template,
+        chat_template=tiny_processor.chat_template,
     )
     assert len(samples) == len(rows)
     for row, sample in zip(rows, samples):
@@ -162,16 +156,16 @@ def test_teacher_is_given_what_its_own_processor_gives(processor, student, teach
         assert sample.keys() == expected.keys()
         for name, value in sample.items():
             torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0)
-        said = processor.decode(sample["input_ids"][0, positions])
+        said = tiny_processor.decode(sample["input_ids"][0, positions])
         answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
         assert said == "".join(f"{answer}<|im_end|>\n" for answer in answers)
 
 
-def expected_loss(student, teacher, processor, rows, top_k, coefficient):
+def expected_loss(student, teacher, tiny_processor, rows, top_k, coefficient):
     """Row by row, each with inputs and logits of its own."""
     losses, count = 0.0, 0
     for row in rows:
-        collator = VambaDataCollator(processor, processor_kwargs={"videos_kwargs": {"do_sample_frames": False}})
+        collator = VambaDataCollator(tiny_processor, processor_kwargs={"videos_kwargs": {"do_sample_frames": False}})
         batch = collator([row])
         labels = batch.pop("labels")[0, 1:]
         predicting = (labels != -100).nonzero()[:, 0]
@@ -190,21 +184,23 @@ def expected_loss(student, teacher, processor, rows, top_k, coefficient):
 
 
 @pytest.mark.parametrize("packing", (False, True))
-def test_loss_with_a_teacher_is_that_of_each_row_alone(processor, student, teacher, rows, tmp_path, packing):
+def test_loss_with_a_teacher_is_that_of_each_row_alone(tiny_processor, student, teacher, rows, tmp_path, packing):
     student.train()
     trainer = make_trainer(
-        student, processor, tmp_path, rows, packing, teacher=copy.deepcopy(teacher), top_k=7, distill_coeff=0.3
+        student, tiny_processor, tmp_path, rows, packing, teacher=copy.deepcopy(teacher), top_k=7, distill_coeff=0.3
     )
     batch = trainer.data_collator(rows)
     loss, outputs = trainer.compute_loss(student, batch, return_outputs=True)
     assert "labels" in batch  # the trainer reads them once more
     assert outputs.logits.shape[1] < batch["labels"].shape[1]
-    torch.testing.assert_close(loss, expected_loss(student, teacher, processor, rows, 7, 0.3), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        loss, expected_loss(student, teacher, tiny_processor, rows, 7, 0.3), atol=1e-5, rtol=1e-5
+    )
 
 
-def test_training_brings_the_student_to_the_teacher(processor, student, teacher, rows, tmp_path):
+def test_training_brings_the_student_to_the_teacher(tiny_processor, student, teacher, rows, tmp_path):
     trainer = make_trainer(
-        student, processor, tmp_path, rows, teacher=teacher, distill_coeff=10.0, optim="adamw_torch", max_steps=10
+        student, tiny_processor, tmp_path, rows, teacher=teacher, distill_coeff=10.0, optim="adamw_torch", max_steps=10
     )
     before = {name: p.clone() for name, p in teacher.named_parameters()}
     trainer.train()
@@ -214,23 +210,23 @@ def test_training_brings_the_student_to_the_teacher(processor, student, teacher,
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in teacher.named_parameters())
 
 
-def test_gradient_accumulation_equals_a_large_batch(processor, teacher, rows, tmp_path):
+def test_gradient_accumulation_equals_a_large_batch(tiny_processor, teacher, rows, tmp_path):
     models = []
     for options in ({}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}):
         model = AutoModelForImageTextToText.from_pretrained(TINY_CHECKPOINT)
-        make_trainer(model, processor, tmp_path, rows, teacher=copy.deepcopy(teacher), **options).train()
+        make_trainer(model, tiny_processor, tmp_path, rows, teacher=copy.deepcopy(teacher), **options).train()
         models.append(dict(model.named_parameters()))
     torch.testing.assert_close(*models, atol=1e-5, rtol=0)
 
 
-def test_stored_logits_go_through_the_collator(processor, student, rows, tmp_path):
-    collator = make_trainer(student, processor, tmp_path, rows).data_collator
+def test_stored_logits_go_through_the_collator(tiny_processor, student, rows, tmp_path):
+    collator = make_trainer(student, tiny_processor, tmp_path, rows).data_collator
     generator = torch.Generator().manual_seed(0)
     for row in rows:
         count = (collator([row])["labels"] != -100).sum()
         row["top_k_values"] = torch.randn(count, 5, generator=generator).tolist()
         row["top_k_indices"] = torch.randint(0, 400, (count, 5), generator=generator).tolist()
-    trainer = make_trainer(student, processor, tmp_path, rows)
+    trainer = make_trainer(student, tiny_processor, tmp_path, rows)
     trainer.train()
     batch = trainer.data_collator(rows)
     assert batch["top_k_values"].tolist() == [k for row in rows for k in torch.tensor(row["top_k_values"]).tolist()]
@@ -240,8 +236,8 @@ def test_stored_logits_go_through_the_collator(processor, student, rows, tmp_pat
         trainer.data_collator(rows)
 
 
-def test_metrics_get_a_logit_for_each_label(processor, student, teacher, rows, tmp_path):
-    trainer = make_trainer(student, processor, tmp_path, rows, teacher=teacher, per_device_eval_batch_size=2)
+def test_metrics_get_a_logit_for_each_label(tiny_processor, student, teacher, rows, tmp_path):
+    trainer = make_trainer(student, tiny_processor, tmp_path, rows, teacher=teacher, per_device_eval_batch_size=2)
     (logits, labels, _), batch = trainer.predict(rows), trainer.data_collator(rows)
     assert labels.shape == batch["labels"].shape == logits.shape[:2]
     expected = torch.cat([student.eval()(**trainer.data_collator([row])).logits[0, -3:] for row in rows])
@@ -250,25 +246,27 @@ def test_metrics_get_a_logit_for_each_label(processor, student, teacher, rows, t
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_wrong_arguments(processor, student, teacher, rows, tmp_path):
-    trainer = make_trainer(student, processor, tmp_path, rows)
+def test_wrong_arguments(tiny_processor, student, teacher, rows, tmp_path):
+    trainer = make_trainer(student, tiny_processor, tmp_path, rows)
     with pytest.raises(ValueError, match="without a teacher needs `top_k_values` and `top_k_indices`"):
         trainer.train()
     teacher.resize_token_embeddings(300)
     with pytest.raises(ValueError, match="must share a vocabulary, got 512 and 300"):
-        make_trainer(student, processor, tmp_path, rows, teacher=teacher)
+        make_trainer(student, tiny_processor, tmp_path, rows, teacher=teacher)
 
 
 @pytest.mark.parametrize("source", ("teacher", "stored"))
-def test_a_batch_that_cannot_be_read_changes_nothing(processor, student, teacher, rows, tmp_path, source):
+def test_a_batch_that_cannot_be_read_changes_nothing(tiny_processor, student, teacher, rows, tmp_path, source):
     broken = {"messages": conversation([{"type": "video", "path": str(tmp_path / "missing.mp4")}], ("What?", "red"))}
-    collator = make_trainer(student, processor, tmp_path, rows).data_collator
+    collator = make_trainer(student, tiny_processor, tmp_path, rows).data_collator
     if source == "stored":
         for row in rows:
             count = int((collator([row])["labels"] != -100).sum())
             row |= {"top_k_values": [[1.0, 0.5]] * count, "top_k_indices": [[3, 4]] * count}
     options = {"teacher": teacher} if source == "teacher" else {}
-    trainer = make_trainer(student, processor, tmp_path, [rows[2], broken], per_device_train_batch_size=1, **options)
+    trainer = make_trainer(
+        student, tiny_processor, tmp_path, [rows[2], broken], per_device_train_batch_size=1, **options
+    )
     trainer.data_collator.on_error = "skip"
     trainer.data_collator(rows[2:])
     before = {name: p.clone() for name, p in student.named_parameters()}

@@ -13,7 +13,7 @@ import trl
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from tiny_vamba import TINY_CHECKPOINT, tiny_model
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
+from transformers import TrainingArguments
 
 from transformers_vamba import STAGE_PARTS, VambaDataCollator, lora_target_modules, train_parts
 from transformers_vamba.training.distillation import VambaDistillationTrainer
@@ -28,16 +28,6 @@ TEXT_ROWS = Dataset.from_list(
 
 class SFTTrainer(VambaTrainerMixin, trl.SFTTrainer):
     pass
-
-
-@pytest.fixture
-def model():
-    return AutoModelForImageTextToText.from_pretrained(TINY_CHECKPOINT)
-
-
-@pytest.fixture
-def processor():
-    return AutoProcessor.from_pretrained(TINY_CHECKPOINT)
 
 
 @pytest.fixture
@@ -62,7 +52,7 @@ def rows():
     ]
 
 
-def make_trainer(trainer_class, model, processor, rows, output_dir, config=TrainingArguments, **options):
+def make_trainer(trainer_class, model, tiny_processor, rows, output_dir, config=TrainingArguments, **options):
     given = {"rows_weigh_equally": options.pop("rows_weigh_equally")} if "rows_weigh_equally" in options else {}
     arguments = {
         "max_steps": 1,
@@ -81,8 +71,10 @@ def make_trainer(trainer_class, model, processor, rows, output_dir, config=Train
         model,
         args=config(str(output_dir), **arguments | options),
         train_dataset=rows,
-        data_collator=VambaDataCollator(processor, processor_kwargs={"videos_kwargs": {"do_sample_frames": False}}),
-        processing_class=processor,
+        data_collator=VambaDataCollator(
+            tiny_processor, processor_kwargs={"videos_kwargs": {"do_sample_frames": False}}
+        ),
+        processing_class=tiny_processor,
         **given,
     )
 
@@ -99,22 +91,23 @@ def decays(model, trainer) -> dict[str, float]:
 
 @pytest.mark.parametrize("trainer_class", (VambaTrainer, VambaDistillationTrainer))
 @pytest.mark.parametrize("stage", (1, 2))
-def test_weight_decay_of_the_stages(model, processor, rows, tmp_path, stage, trainer_class):
+def test_weight_decay_of_the_stages(model, tiny_processor, rows, tmp_path, stage, trainer_class):
     trained = train_parts(model, STAGE_PARTS[stage])
-    decay = decays(model, make_trainer(trainer_class, model, processor, rows, tmp_path, weight_decay=0.01))
+    decay = decays(model, make_trainer(trainer_class, model, tiny_processor, rows, tmp_path, weight_decay=0.01))
     assert decay.keys() == set(trained)
     for name, value in decay.items():
         is_matrix = name.endswith(("_proj.weight", "embed_tokens.weight", "mlp.0.weight", "mlp.2.weight"))
         assert value == (0.01 if is_matrix else 0.0), name
 
 
-def test_weight_decay_beside_an_adapter(model, processor, rows, tmp_path):
+def test_weight_decay_beside_an_adapter(model, tiny_processor, rows, tmp_path):
     config = peft.LoraConfig(
         r=4, target_modules=lora_target_modules(model.config), modules_to_save=["conv1d"], inference_mode=False
     )
     model = VambaPeftModel(model, config)
     decay = decays(
-        model, make_trainer(SFTTrainer, model, processor, TEXT_ROWS, tmp_path, config=trl.SFTConfig, weight_decay=0.1)
+        model,
+        make_trainer(SFTTrainer, model, tiny_processor, TEXT_ROWS, tmp_path, config=trl.SFTConfig, weight_decay=0.1),
     )
     assert {name for name, value in decay.items() if value} == {name for name in decay if ".lora_" in name}
     assert any(name.endswith(".alpha") for name in decay) and any(".conv1d." in name for name in decay)
@@ -125,16 +118,16 @@ def test_weight_decay_beside_an_adapter(model, processor, rows, tmp_path):
 
 @pytest.mark.parametrize("trainer_class", (VambaTrainer, VambaDistillationTrainer))
 @pytest.mark.parametrize("equally", (True, False))
-def test_rows_weigh_equally_or_by_their_tokens(model, processor, rows, tmp_path, equally, trainer_class):
+def test_rows_weigh_equally_or_by_their_tokens(model, tiny_processor, rows, tmp_path, equally, trainer_class):
     if trainer_class is VambaDistillationTrainer:
-        collator = VambaDataCollator(processor, processor_kwargs={"videos_kwargs": {"do_sample_frames": False}})
+        collator = VambaDataCollator(tiny_processor, processor_kwargs={"videos_kwargs": {"do_sample_frames": False}})
         for i, row in enumerate(rows):
             count = int((collator([row])["labels"] != -100).sum())
             row |= {"top_k_values": [[2.0, 1.0]] * count, "top_k_indices": [[5 + i, 7]] * count}
     trainer = make_trainer(
         trainer_class,
         model,
-        processor,
+        tiny_processor,
         rows,
         tmp_path,
         rows_weigh_equally=equally,
@@ -158,10 +151,10 @@ def test_rows_weigh_equally_or_by_their_tokens(model, processor, rows, tmp_path,
             )
 
 
-def test_rows_that_weigh_equally_come_one_by_one(model, processor, rows, tmp_path):
+def test_rows_that_weigh_equally_come_one_by_one(model, tiny_processor, rows, tmp_path):
     with pytest.raises(ValueError, match="set `per_device_train_batch_size=1`, got 2"):
         make_trainer(
-            VambaTrainer, model, processor, rows, tmp_path, rows_weigh_equally=True, per_device_train_batch_size=2
+            VambaTrainer, model, tiny_processor, rows, tmp_path, rows_weigh_equally=True, per_device_train_batch_size=2
         )
 
 
@@ -178,10 +171,17 @@ def read_card(folder) -> tuple[ModelCard, list[str]]:
     return card, re.findall(r'from_pretrained\((?:model, )?"([^"]+)"', example)
 
 
-def test_card_of_an_adapter(model, processor, rows, tmp_path):
+def test_card_of_an_adapter(model, tiny_processor, rows, tmp_path):
     model = VambaPeftModel(model, peft.LoraConfig(r=4, target_modules=lora_target_modules(model.config)))
     trainer = make_trainer(
-        SFTTrainer, model, processor, TEXT_ROWS, tmp_path, config=trl.SFTConfig, save_strategy="steps", save_steps=1
+        SFTTrainer,
+        model,
+        tiny_processor,
+        TEXT_ROWS,
+        tmp_path,
+        config=trl.SFTConfig,
+        save_strategy="steps",
+        save_steps=1,
     )
     trainer.train()
     for folder in (tmp_path, tmp_path / "checkpoint-1"):
@@ -192,8 +192,8 @@ def test_card_of_an_adapter(model, processor, rows, tmp_path):
     assert read_card(tmp_path / "checkpoint-1")[1] == loaded
 
 
-def test_card_of_a_whole_model(model, processor, rows, tmp_path):
-    trainer = make_trainer(VambaTrainer, model, processor, rows, tmp_path)
+def test_card_of_a_whole_model(model, tiny_processor, rows, tmp_path):
+    trainer = make_trainer(VambaTrainer, model, tiny_processor, rows, tmp_path)
     trainer.create_model_card(model_name="mine", tags="cats")
     card, loaded = read_card(tmp_path)
     assert loaded == [str(tmp_path)] * 2

@@ -28,16 +28,6 @@ UNREAD = ".layers.3.vision_mixer."
 
 
 @pytest.fixture
-def model():
-    return AutoModelForImageTextToText.from_pretrained(TINY_CHECKPOINT)
-
-
-@pytest.fixture
-def processor():
-    return AutoProcessor.from_pretrained(TINY_CHECKPOINT)
-
-
-@pytest.fixture
 def arguments(tmp_path):
     """What every trainer is given here: two steps of two rows, on the CPU, that nobody hears of."""
     return {
@@ -147,36 +137,36 @@ SFT_ROWS = {
 
 
 @pytest.mark.parametrize("kind", SFT_ROWS)
-def test_sft(model, processor, arguments, kind):
+def test_sft(model, tiny_processor, arguments, kind):
     rows = [SFT_ROWS[kind](row) for row in range(4)]
     trainer = trl.SFTTrainer(
-        model, args=trl.SFTConfig(**arguments), train_dataset=Dataset.from_list(rows), processing_class=processor
+        model, args=trl.SFTConfig(**arguments), train_dataset=Dataset.from_list(rows), processing_class=tiny_processor
     )
     train(trainer, has_media="image" in kind)
 
 
-def test_sft_collator_and_loss_are_those_of_each_row_alone(model, processor, arguments):
+def test_sft_collator_and_loss_are_those_of_each_row_alone(model, tiny_processor, arguments):
     """TRL's collator, unmodified, on rows with two images, one and none; the loss is the one of the model itself."""
     rows = [
         {**images(2 - row, row), "prompt": [user(QUESTION)], "completion": [assistant(ANSWERS[row])]}
         for row in range(3)
     ]
     args = trl.SFTConfig(**arguments | {"per_device_train_batch_size": 3})
-    trainer = trl.SFTTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=processor)
+    trainer = trl.SFTTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tiny_processor)
     batch = trainer.data_collator([dict(row) for row in rows])
     loss = trainer.compute_loss(trainer.model.eval(), dict(batch)).item()
 
     total = count = 0
     for row in rows:
         content = [{"type": "image", "image": image} for image in row["images"]] + [{"type": "text", "text": QUESTION}]
-        inputs = processor.apply_chat_template(
+        inputs = tiny_processor.apply_chat_template(
             [user(*content) if row["images"] else user(QUESTION), row["completion"][0]],
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
         )
-        prompt = processor.apply_chat_template([user(QUESTION)], add_generation_prompt=True)
-        start = len(processor.tokenizer(prompt).input_ids) + 2 * len(row["images"])
+        prompt = tiny_processor.apply_chat_template([user(QUESTION)], add_generation_prompt=True)
+        start = len(tiny_processor.tokenizer(prompt).input_ids) + 2 * len(row["images"])
         with torch.no_grad():
             log_probs = model(**inputs).logits[0, :-1].log_softmax(-1)
         labels = inputs["input_ids"][0, 1:]
@@ -189,39 +179,39 @@ def test_sft_collator_and_loss_are_those_of_each_row_alone(model, processor, arg
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.18"), reason="TRL wants Transformers 5.18 for it and says so"
 )
-def test_sft_on_the_words_of_the_assistant_alone(model, processor, arguments):
+def test_sft_on_the_words_of_the_assistant_alone(model, tiny_processor, arguments):
     rows = [SFT_ROWS["one or two images"](row) for row in range(4)]
     args = trl.SFTConfig(**arguments, assistant_only_loss=True)
-    trainer = trl.SFTTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=processor)
+    trainer = trl.SFTTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tiny_processor)
     batch = trainer.data_collator([dict(row) for row in rows])
     learned = [labels[labels != -100] for labels in batch["labels"]]
-    assert processor.batch_decode(learned) == [f"{answer}<|im_end|>\n3<|im_end|>\n" for answer in ANSWERS]
+    assert tiny_processor.batch_decode(learned) == [f"{answer}<|im_end|>\n3<|im_end|>\n" for answer in ANSWERS]
     train(trainer, has_media=True)
 
 
 @pytest.mark.parametrize("gradient_checkpointing", (True, False))
-def test_sft_with_lora(model, processor, arguments, gradient_checkpointing):
+def test_sft_with_lora(model, tiny_processor, arguments, gradient_checkpointing):
     rows = [SFT_ROWS["an image"](row) for row in range(4)]
     trainer = trl.SFTTrainer(
         model,
         args=trl.SFTConfig(**arguments, gradient_checkpointing=gradient_checkpointing),
         train_dataset=Dataset.from_list(rows),
-        processing_class=processor,
+        processing_class=tiny_processor,
         peft_config=peft.LoraConfig(r=4, target_modules="all-linear"),
     )
     assert all(".lora_" in name for name in train(trainer, has_media=True))
 
 
 @pytest.mark.parametrize("packing", (False, True))
-def test_sft_on_video_files(model, processor, arguments, videos, packing):
+def test_sft_on_video_files(model, tiny_processor, arguments, videos, packing):
     """The data set is left as it is for the collator."""
     options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
     trainer = trl.SFTTrainer(
         model,
         args=trl.SFTConfig(**arguments | {"max_steps": 12}, **options),
         train_dataset=Dataset.from_list(video_rows(videos)),
-        processing_class=processor,
-        data_collator=VambaDataCollator(processor, packing=packing),
+        processing_class=tiny_processor,
+        data_collator=VambaDataCollator(tiny_processor, packing=packing),
     )
     train(trainer, has_media=True)
     losses = losses_of(trainer)
@@ -241,7 +231,7 @@ def preferences(row: int) -> dict:
 
 @pytest.mark.parametrize("reference", ("the model's own path", "a model", "the base of an adapter"))
 @pytest.mark.parametrize("kind", ("text", "image", "no, one or two images"))
-def test_dpo(model, processor, arguments, kind, reference):
+def test_dpo(model, tiny_processor, arguments, kind, reference):
     counts = {"text": None, "image": [1, 1, 1, 1], "no, one or two images": [0, 2, 1, 1]}[kind]
     rows = [preferences(row) | (images(counts[row], row) if counts else {}) for row in range(4)]
     trainer = trl.DPOTrainer(
@@ -249,7 +239,7 @@ def test_dpo(model, processor, arguments, kind, reference):
         ref_model=AutoModelForImageTextToText.from_pretrained(TINY_CHECKPOINT) if reference == "a model" else None,
         args=trl.DPOConfig(**arguments),
         train_dataset=Dataset.from_list(rows),
-        processing_class=processor,
+        processing_class=tiny_processor,
         peft_config=peft.LoraConfig(r=4, target_modules="all-linear") if "adapter" in reference else None,
     )
     train(trainer, has_media=counts is not None)
@@ -259,7 +249,7 @@ def test_dpo(model, processor, arguments, kind, reference):
 
 @pytest.mark.parametrize("batch_size", (1, 2))
 @pytest.mark.parametrize("reference", ("a model", "the base of an adapter"))
-def test_dpo_on_video_files(model, processor, arguments, videos, reference, batch_size):
+def test_dpo_on_video_files(model, tiny_processor, arguments, videos, reference, batch_size):
     """In the forms of `VambaDataCollator`: in the messages, and in a column."""
     rows = [
         {
@@ -278,19 +268,21 @@ def test_dpo_on_video_files(model, processor, arguments, videos, reference, batc
             **arguments | {"per_device_train_batch_size": batch_size}, remove_unused_columns=False, max_length=None
         ),
         train_dataset=Dataset.from_list(rows),
-        processing_class=processor,
-        data_collator=VambaPreferenceCollator(processor),
+        processing_class=tiny_processor,
+        data_collator=VambaPreferenceCollator(tiny_processor),
         peft_config=peft.LoraConfig(r=4, target_modules="all-linear") if "adapter" in reference else None,
     )
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
-    answers = [processor.decode(ids[mask == 1]) for ids, mask in zip(batch["input_ids"], batch["completion_mask"])]
+    answers = [
+        tiny_processor.decode(ids[mask == 1]) for ids, mask in zip(batch["input_ids"], batch["completion_mask"])
+    ]
     assert answers == [f"{text}<|im_end|>\n" for text in [*ANSWERS[:2], *["a purple cross, and then nothing"] * 2]]
     train(trainer, has_media=True)
     margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
     assert margins[0] == pytest.approx(0, abs=1e-5) and margins[1] != 0
 
 
-def test_preferences_score_each_answer_with_its_video(model, processor, videos):
+def test_preferences_score_each_answer_with_its_video(model, tiny_processor, videos):
     """And of a prompt that holds an answer itself, only the new one counts."""
     prompt = [user({"type": "video", "path": videos[0]}, {"type": "text", "text": QUESTION}), assistant("red")]
     rows = [
@@ -298,20 +290,20 @@ def test_preferences_score_each_answer_with_its_video(model, processor, videos):
         {"prompt": [user("Well?")], "chosen": [assistant("yes")], "rejected": [assistant("no")]},
         {"prompt": [prompt[0]], "chosen": [assistant("2")], "rejected": [assistant("a green square")]},
     ]
-    batch = VambaPreferenceCollator(processor)(rows)
+    batch = VambaPreferenceCollator(tiny_processor)(rows)
     mask = batch.pop("completion_mask").bool()
     with torch.no_grad():
         logits = model(**batch).logits
         for i in range(6):
             answer = rows[i % 3][("chosen", "rejected")[i // 3]]
-            single = VambaDataCollator(processor)([{"messages": [*rows[i % 3]["prompt"], *answer]}])
+            single = VambaDataCollator(tiny_processor)([{"messages": [*rows[i % 3]["prompt"], *answer]}])
             length = single["input_ids"].shape[1]
             torch.testing.assert_close(logits[i, :length], model(**single).logits[0], atol=1e-3, rtol=1e-3)
-            assert processor.decode(batch["input_ids"][i][mask[i]]) == f"{answer[0]['content']}<|im_end|>\n"
+            assert tiny_processor.decode(batch["input_ids"][i][mask[i]]) == f"{answer[0]['content']}<|im_end|>\n"
     with pytest.raises(ValueError, match=r"lacks \['rejected'\], got \['chosen', 'prompt'\]"):
-        VambaPreferenceCollator(processor)([{name: rows[0][name] for name in ("prompt", "chosen")}])
+        VambaPreferenceCollator(tiny_processor)([{name: rows[0][name] for name in ("prompt", "chosen")}])
     with pytest.raises(ValueError, match="take `packing=False` and `on_error='raise'`"):
-        VambaPreferenceCollator(processor, packing=True)
+        VambaPreferenceCollator(tiny_processor, packing=True)
 
 
 def reward(completions, **kwargs):
@@ -331,7 +323,7 @@ ONLINE = {
 
 @pytest.mark.parametrize("options", ONLINE)
 @pytest.mark.parametrize("kind", ("text", "image", "one or two images"))
-def test_grpo_and_rloo(model, processor, arguments, kind, options):
+def test_grpo_and_rloo(model, tiny_processor, arguments, kind, options):
     counts = {"text": None, "image": [1, 1, 1, 1], "one or two images": [2, 1, 2, 1]}[kind]
     rows = [{"prompt": [user(QUESTION)]} | (images(counts[row], row) if counts else {}) for row in range(4)]
     trainer_class, config_class, options = ONLINE[options]
@@ -342,12 +334,12 @@ def test_grpo_and_rloo(model, processor, arguments, kind, options):
         reward_funcs=reward,
         args=config_class(**args, **options),
         train_dataset=Dataset.from_list(rows),
-        processing_class=processor,
+        processing_class=tiny_processor,
     )
     train(trainer, has_media=counts is not None)
 
 
-def test_grpo_scores_answers_with_the_images_that_they_were_given_to(model, processor, arguments):
+def test_grpo_scores_answers_with_the_images_that_they_were_given_to(model, tiny_processor, arguments):
     """Log-probabilities of a training step are those of generation: the images of each row are where they belong."""
     rows = [{"prompt": [user(QUESTION)]} | images(1 + row % 2, row) for row in range(2)]
     args = arguments | {"num_generations": 2, "max_completion_length": 6, "per_device_train_batch_size": 4}
@@ -356,7 +348,7 @@ def test_grpo_scores_answers_with_the_images_that_they_were_given_to(model, proc
         reward_funcs=reward,
         args=trl.GRPOConfig(**args),
         train_dataset=Dataset.from_list(rows),
-        processing_class=processor,
+        processing_class=tiny_processor,
     )
     batch = trainer._prepare_inputs([row for row in rows for _ in range(2)])
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
@@ -370,7 +362,7 @@ def test_grpo_scores_answers_with_the_images_that_they_were_given_to(model, proc
     )
     for i in range(4):
         messages = trl.data_utils.prepare_multimodal_messages([user(QUESTION)], images=rows[i // 2]["images"])
-        inputs = processor.apply_chat_template(
+        inputs = tiny_processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
         completion = completion_ids[i][completion_mask[i].bool()]
@@ -387,7 +379,7 @@ def test_grpo_scores_answers_with_the_images_that_they_were_given_to(model, proc
 
 
 @pytest.mark.parametrize("name", ("SFT", "DPO", "GRPO", "RLOO"))
-def test_trl_does_not_train_on_videos_silently_without_them(model, processor, arguments, videos, name):
+def test_trl_does_not_train_on_videos_silently_without_them(model, tiny_processor, arguments, videos, name):
     """TRL's own data preparation knows images alone: of a video in the messages only the text is left."""
     question = [user({"type": "video", "path": videos[0]}, {"type": "text", "text": QUESTION})]
     answers = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in ANSWERS]
@@ -401,7 +393,7 @@ def test_trl_does_not_train_on_videos_silently_without_them(model, processor, ar
         model,
         args=getattr(trl, f"{name}Config")(**arguments, **options),
         train_dataset=Dataset.from_list([row, row]),
-        processing_class=processor,
+        processing_class=tiny_processor,
         **({"reward_funcs": reward} if is_online else {}),
         **({"ref_model": AutoModelForImageTextToText.from_pretrained(TINY_CHECKPOINT)} if name == "DPO" else {}),
     )
@@ -422,15 +414,15 @@ def test_trl_loads_the_model_by_its_path(arguments):
 # Transformers' own Trainer
 
 
-def video_trainer(model, processor, arguments, videos, **options):
+def video_trainer(model, tiny_processor, arguments, videos, **options):
     """Plain gradient descent without shuffling, so that runs can be compared number by number."""
     same = {"optim": "sgd", "learning_rate": 1e-2, "lr_scheduler_type": "constant", "remove_unused_columns": False}
     return Trainer(
         model,
         args=TrainingArguments(**arguments | same | {"train_sampling_strategy": "sequential"} | options),
         train_dataset=video_rows(videos),
-        data_collator=VambaDataCollator(processor),
-        processing_class=processor,
+        data_collator=VambaDataCollator(tiny_processor),
+        processing_class=tiny_processor,
     )
 
 
@@ -438,25 +430,25 @@ def assert_same_parameters(model, expected, **tolerances):
     torch.testing.assert_close(dict(model.named_parameters()), dict(expected.named_parameters()), rtol=0, **tolerances)
 
 
-def test_trainer_on_video_files(model, processor, arguments, videos):
-    trainer = video_trainer(model, processor, arguments, videos, optim="adamw_torch", max_steps=12)
+def test_trainer_on_video_files(model, tiny_processor, arguments, videos):
+    trainer = video_trainer(model, tiny_processor, arguments, videos, optim="adamw_torch", max_steps=12)
     train(trainer, has_media=True)
     losses = losses_of(trainer)
     assert sum(losses[-2:]) < 0.5 * sum(losses[:2])
     trainer.save_model()
     loaded = AutoModelForImageTextToText.from_pretrained(trainer.args.output_dir)
     assert_same_parameters(loaded, trainer.model, atol=0)
-    assert isinstance(AutoProcessor.from_pretrained(trainer.args.output_dir), type(processor))
+    assert isinstance(AutoProcessor.from_pretrained(trainer.args.output_dir), type(tiny_processor))
 
 
 @pytest.mark.parametrize("batch_size, num_steps", [(1, 4), (2, 2)])
-def test_gradient_accumulation_equals_a_large_batch(model, processor, arguments, videos, batch_size, num_steps):
+def test_gradient_accumulation_equals_a_large_batch(model, tiny_processor, arguments, videos, batch_size, num_steps):
     """Videos and answers of different lengths: every token of an answer counts the same."""
-    large = video_trainer(model, processor, arguments, videos, per_device_train_batch_size=4)
+    large = video_trainer(model, tiny_processor, arguments, videos, per_device_train_batch_size=4)
     train(large, has_media=True)
     small = video_trainer(
         AutoModelForImageTextToText.from_pretrained(TINY_CHECKPOINT),
-        processor,
+        tiny_processor,
         arguments,
         videos,
         per_device_train_batch_size=batch_size,
@@ -468,7 +460,7 @@ def test_gradient_accumulation_equals_a_large_batch(model, processor, arguments,
 
 
 @pytest.mark.parametrize("gradient_checkpointing", (True, False))
-def test_resume(model, processor, arguments, videos, gradient_checkpointing):
+def test_resume(model, tiny_processor, arguments, videos, gradient_checkpointing):
     """A run that goes on from the checkpoint of its second step ends where it ends without the interruption."""
     options = {
         "optim": "adamw_torch",
@@ -477,10 +469,10 @@ def test_resume(model, processor, arguments, videos, gradient_checkpointing):
         "save_steps": 2,
         "gradient_checkpointing": gradient_checkpointing,
     }
-    whole = video_trainer(model, processor, arguments, videos, **options)
+    whole = video_trainer(model, tiny_processor, arguments, videos, **options)
     train(whole, has_media=True)
     resumed = video_trainer(
-        AutoModelForImageTextToText.from_pretrained(TINY_CHECKPOINT), processor, arguments, videos, **options
+        AutoModelForImageTextToText.from_pretrained(TINY_CHECKPOINT), tiny_processor, arguments, videos, **options
     )
     resumed.train(resume_from_checkpoint=f"{arguments['output_dir']}/checkpoint-2")
     assert resumed.state.global_step == 4

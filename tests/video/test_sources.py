@@ -7,6 +7,7 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from video_files import pictures, write_file
 
 from transformers_vamba import VambaConfig, forecast_memory
 from transformers_vamba.video import download
-from transformers_vamba.video.download import SourceLimits, quote_url
+from transformers_vamba.video.download import SourceLimits, is_public, quote_url
 from transformers_vamba.video.sources import describe_source, local_path
 
 
@@ -201,7 +202,7 @@ def test_broken_off_downloads(processor, server, name, message):
         ("huge", {}, "larger than .* bytes"),
         ("slow", {"max_seconds": 0.5}, r"longer than 0.5 seconds, the limit \(`max_seconds`\)"),
         ("stalled", {"timeout": 0.2, "max_seconds": 1}, "timed out|longer than 1 seconds"),
-        ("whole", {"allow_private": False}, "127.0.0.1, which is not a public address"),
+        ("whole", {"allow_private": False}, "an address that is not public"),
         ("whole", {"allowed_hosts": frozenset({"example.org"})}, "'127.0.0.1' is not among the allowed"),
     ],
 )
@@ -213,6 +214,30 @@ def test_limits_of_downloads(processor, server, name, limits, message):
             read(f"{server.url}/{name}")
     assert time.monotonic() - start < 8
     assert "source_limits" not in processor.video_processor.to_dict()
+
+
+@pytest.mark.parametrize("scheme", ("http", "https"))
+def test_a_private_address_is_not_even_connected_to(processor, scheme):
+    """Nor is the address told, which would show the network behind this machine."""
+    processor.video_processor.source_limits = SourceLimits(allow_private=False)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(ValueError, match="leads to an address that is not public") as caught:
+            processor(videos=[f"{scheme}://localhost:{port}/video.mp4"])
+        assert "127.0.0.1" not in str(caught.value)
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+def test_public_addresses():
+    for address in ("8.8.8.8", "2606:4700::1111", "64:ff9b::8.8.8.8", "::ffff:8.8.8.8"):
+        assert is_public(address), address
+    private = ["127.0.0.1", "10.1.2.3", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "255.255.255.255"]
+    private += ["::1", "::", "fe80::1%eth0", "fd00::1", "ff02::1", "2002:a00:1::", "64:ff9b:1::1"]
+    private += [f"{prefix}{ip}" for prefix in ("::ffff:", "64:ff9b::") for ip in ("127.0.0.1", "10.1.2.3")]
+    for address in private:
+        assert not is_public(address), address
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,14 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from ..ops.quantized_attention import QuantizedStates
 from .changes import VideoChanges, check_pruning, num_kept
-from .layers import VambaVideoLayer, resolve_implementation
+from .layers import VambaVideoLayer, VideoStates, resolve_implementation
 from .saving import SavedVideos, load_videos, save_videos
 from .steps import VideoSteps
 
@@ -105,9 +105,9 @@ class VambaCache(Cache):
         self.changes: dict[int, VideoChanges] = {}
         self.rows: list[int | None] | None = None
         self.is_read = False
-        self.step_plan = None  # of the generation that is running, see `generation.captured_step`
+        self.step_plan: Any = None  # of the generation that is running, see `generation.captured_step`
         self._row_marks: dict[tuple, torch.Tensor] = {}
-        self.text_ids: torch.LongTensor | None = None
+        self.text_ids: torch.Tensor | None = None
 
     @classmethod
     def around(cls, config: PreTrainedConfig, text_cache: Cache | None, **video_options) -> "VambaCache":
@@ -151,15 +151,15 @@ class VambaCache(Cache):
             self.step_plan.finish(self)
             self.step_plan = None
 
-    def mark_rows(self, device: torch.device) -> torch.BoolTensor:
+    def mark_rows(self, rows: list[int | None], device: torch.device) -> torch.Tensor:
         """Which rows read a video, `(batch_size, 1, 1)`. Made once: a CUDA graph can copy nothing from the host."""
-        key = (tuple(self.rows), device)
+        key = (tuple(rows), device)
         if key not in self._row_marks:
-            marks = torch.tensor([row is not None for row in self.rows], device=device)
+            marks = torch.tensor([row is not None for row in rows], device=device)
             self._row_marks[key] = marks.view(-1, 1, 1)
         return self._row_marks[key]
 
-    def read_ids(self) -> torch.LongTensor | None:
+    def read_ids(self) -> torch.Tensor | None:
         """The tokens of text that the cache holds, `(batch_size, sequence_length)`, as far as they are known."""
         return None if self.text_ids is None else self.text_ids[:, : self.get_seq_length()]
 
@@ -228,9 +228,7 @@ class VambaCache(Cache):
         for layer in self.videos[video]:
             layer.select(indices)
 
-    def read_videos(
-        self, layer_idx: int, rows: list[int | None]
-    ) -> list[tuple[torch.Tensor | QuantizedStates, torch.Tensor | QuantizedStates] | None]:
+    def read_videos(self, layer_idx: int, rows: list[int | None]) -> list[tuple[VideoStates, VideoStates] | None]:
         """
         The keys and values of each video in one decoder layer, or `None` of a video that none of the rows reads. Those
         of the next layer begin to come to the device, where they are offloaded.
@@ -276,9 +274,10 @@ class VambaCache(Cache):
         if wrong:
             given = ", ".join(f"`{name}` is {value!r}" for name, value in wrong.items())
             has = ", ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
+            new = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
             raise ValueError(
-                f"{given}, but the cache given as `cache` was made with {has}. Leave it out, or make the cache with "
-                f"`VambaCache(model.config, {', '.join(f'{name}={value!r}' for name, value in wrong.items())})`."
+                f"{given}, but the cache that was given keeps its videos with {has}. Leave the argument out, or "
+                f"encode the videos into a cache of their own: `model.encode_video(..., {new})`."
             )
 
     def check_fits(self, config: PreTrainedConfig) -> None:

@@ -11,6 +11,9 @@ from ..ops.state import MambaState
 from .storage import DeviceStorage, HostStorage
 
 
+# Keys or values, as the cross-attention takes them.
+VideoStates = torch.Tensor | QuantizedStates
+
 # Tokens, which bounds the memory that it takes to change from one form to another.
 _CONVERTED_AT_ONCE = 2**16
 
@@ -26,8 +29,8 @@ class VambaVideoLayer:
     """
 
     # Names of the tensors that grow with the video, and of those that do not.
-    token_tensors = ("keys", "values")
-    other_tensors = ()
+    token_tensors: tuple[str, ...] = ("keys", "values")
+    other_tensors: tuple[str, ...] = ()
 
     def __init__(self, offloading: bool = False):
         self._mixer_state: tuple[torch.Tensor, ...] = ()
@@ -48,11 +51,11 @@ class VambaVideoLayer:
 
     @property
     def keys(self) -> torch.Tensor:
-        return self.read()[0]
+        return self._storage.read()[0]
 
     @property
     def values(self) -> torch.Tensor:
-        return self.read()[1]
+        return self._storage.read()[1]
 
     @property
     def nbytes(self) -> int:
@@ -96,9 +99,10 @@ class VambaVideoLayer:
                 "`video_cache_implementation`."
             )
 
-    def read(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[QuantizedStates, QuantizedStates]:
+    def read(self) -> tuple[VideoStates, VideoStates]:
         """Keys and values on the device, as the cross-attention takes them."""
-        return self._storage.read()
+        keys, values = self._storage.read()
+        return keys, values
 
     def to(self, device: torch.device) -> None:
         """Moves all tensors to a device, or lets those in the host's memory be read there."""
@@ -170,7 +174,7 @@ class VambaQuantizedVideoLayer(VambaVideoLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self._check_kind(key_states)
         self._refuse_gradient(key_states)
-        if self.key_centre is None:
+        if self.key_centre is None or self.value_centre is None:
             self.key_centre, self.value_centre = (
                 states.mean(dim=2, keepdim=True, dtype=torch.float32) for states in (key_states, value_states)
             )
@@ -179,6 +183,7 @@ class VambaQuantizedVideoLayer(VambaVideoLayer):
 
     def read(self) -> tuple[QuantizedStates, QuantizedStates]:
         key_codes, key_scales, value_codes, value_scales = self._storage.read()
+        assert self.key_centre is not None and self.value_centre is not None  # with the first tokens
         return (
             QuantizedStates(key_codes, key_scales, self.key_centre),
             QuantizedStates(value_codes, value_scales, self.value_centre),

@@ -13,7 +13,7 @@ import os
 import uuid
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,14 +27,19 @@ from .steps import UNKNOWN_TIME, VideoSteps
 
 CACHE_CONFIG_NAME = "cache_config.json"
 STEPS_NAME = "steps.safetensors"
-FIELDS = {"num_videos": int, "rows": (list, type(None)), "video_cache_implementation": str, "text_config": dict}
+CHANGES_NAME = "changes.safetensors"
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "num_videos": int,
+    "rows": (list, type(None)),
+    "video_cache_implementation": str,
+    "text_config": dict,
+}
 # Fields that folders of earlier versions lack, and what they mean there.
-LATER_FIELDS = {
+LATER_FIELDS: dict[str, tuple[type | tuple[type, ...], Any]] = {
     "video_pruning_rate": ((int, float), 0.0),
     "max_video_tokens": ((int, type(None)), None),
     "grid_sizes": (list, []),
 }
-CHANGES_NAME = "changes.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -134,7 +139,7 @@ def load_videos(
     layer_class, offloading = resolve_implementation(implementation)
     config = check_layers(folder, content, saved_class)
 
-    videos = [[] for _ in range(content["num_videos"])]
+    videos: list[list[VambaVideoLayer]] = [[] for _ in range(content["num_videos"])]
     for layer_idx in range(config.num_hidden_layers if videos else 0):
         tensors = load_file(layer_file(folder, layer_idx), device="cpu" if offloading else str(device))
         for video, layers in enumerate(videos):
@@ -331,7 +336,7 @@ def shapes_without_tokens(config: VambaTextConfig) -> dict[str, tuple[int | None
     conv_dim = inner_size + 2 * config.mamba_n_groups * config.mamba_d_state
     states = (1, config.num_key_value_heads, None, head_dim)
     scales, centre = (*states[:3], 1), (*states[:2], 1, head_dim)
-    shapes = {"conv": (1, config.mamba_d_conv - 1, conv_dim)}
+    shapes: dict[str, tuple[int | None, ...]] = {"conv": (1, config.mamba_d_conv - 1, conv_dim)}
     shapes["ssm"] = (1, inner_size // config.mamba_d_head, config.mamba_d_head, config.mamba_d_state)
     shapes |= {"keys": states, "values": states}
     for kind in ("key", "value"):

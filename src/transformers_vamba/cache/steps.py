@@ -9,7 +9,7 @@ import torch
 UNKNOWN_TIME = -1
 
 
-def _empty() -> torch.LongTensor:
+def _empty() -> torch.Tensor:
     return torch.zeros(0, dtype=torch.long)
 
 
@@ -26,8 +26,8 @@ class VideoSteps:
             each video of a conversation.
     """
 
-    num_tokens: torch.LongTensor = field(default_factory=_empty)
-    timestamps_ms: torch.LongTensor = field(default_factory=_empty)
+    num_tokens: torch.Tensor = field(default_factory=_empty)
+    timestamps_ms: torch.Tensor = field(default_factory=_empty)
 
     def append(
         self, num_steps: int, tokens_per_step: int | torch.LongTensor, timestamps_ms: torch.Tensor | None = None
@@ -50,6 +50,6 @@ class VideoSteps:
         return VideoSteps(num_tokens[num_tokens > 0], self.timestamps_ms[num_tokens > 0])
 
     @property
-    def seconds(self) -> torch.DoubleTensor:
+    def seconds(self) -> torch.Tensor:
         """When each step begins, float64 of shape `(num_steps,)`, NaN if that is not known."""
         return (self.timestamps_ms / 1000).double().masked_fill(self.timestamps_ms == UNKNOWN_TIME, float("nan"))

@@ -29,7 +29,9 @@ def repeated_indices(num_frames: int, total: int) -> np.ndarray:
 class EvaluationVideoProcessor(VambaVideoProcessor):
     """A [`VambaVideoProcessor`] that samples by number as the published evaluation scripts do."""
 
-    def sample_frames(self, metadata, num_frames=None, temporal_patch_size=None, **kwargs) -> np.ndarray:
+    def sample_frames(  # type: ignore[override]  # called with keywords alone
+        self, metadata, num_frames=None, temporal_patch_size=None, **kwargs
+    ) -> np.ndarray:
         if num_frames is None:
             return super().sample_frames(metadata, temporal_patch_size=temporal_patch_size, **kwargs)
         indices = middle_indices(num_frames, metadata.total_num_frames)

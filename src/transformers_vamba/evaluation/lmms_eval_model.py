@@ -3,6 +3,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -90,7 +91,7 @@ class VambaChat(lmms):
         processor = VambaProcessor.from_pretrained(pretrained)
         self.answering = VideoQuestionAnswering(self.model, processor, int(batch_size), video_cache)
         settings = {"num_frames": num_frames, "fps": fps, "shortest_edge": shortest_edge, "longest_edge": longest_edge}
-        self.settings = {name: value for name, value in settings.items() if value is not None}
+        self.settings: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
 
     def settings_of(self, task: str) -> VideoSettings:
         """The published settings of a task, as far as the arguments leave them."""
@@ -123,7 +124,8 @@ class VambaChat(lmms):
 
     def _run(self, run: Callable, requests: list[Instance], to_prompt: Callable) -> list[Answer]:
         start = time.perf_counter()
-        answers, prompts = [None] * len(requests), {}
+        answers: dict[int, Answer] = {}
+        prompts: dict[int, Prompt] = {}
         for index, request in enumerate(requests):
             try:
                 prompts[index] = to_prompt(request)
@@ -136,8 +138,9 @@ class VambaChat(lmms):
         for indices, run_all in ((shared, self._run_by_video), (own, self._run_here)):
             for index, answer in zip(indices, run_all(run, [prompts[index] for index in indices]), strict=True):
                 answers[index] = answer
-        self._report(requests, answers, time.perf_counter() - start)
-        return answers
+        in_order = [answers[index] for index in range(len(requests))]
+        self._report(requests, in_order, time.perf_counter() - start)
+        return in_order
 
     def _run_here(self, run: Callable, prompts: list[Prompt]) -> list[Answer]:
         return run(prompts, progress=self.rank == 0)
@@ -151,7 +154,7 @@ class VambaChat(lmms):
         groups = list(dict.fromkeys(prompt.group for prompt in everyones))[self.rank :: self.world_size]
         indices = [index for index, prompt in enumerate(everyones) if prompt.group in groups]
         answers = dict(zip(indices, self._run_here(run, [everyones[index] for index in indices]), strict=True))
-        everyones_answers = {}
+        everyones_answers: dict[int, Answer] = {}
         for share in gather_object([answers]):
             everyones_answers |= share
         return [everyones_answers[start + index] for index in range(len(prompts))]
@@ -229,7 +232,7 @@ def _video(video: str) -> dict:
 
 def _to_generation(generation_kwargs: dict) -> dict:
     """A task's `generation_kwargs` as arguments of [`Prompt`]. What they say of sampling counts where they sample."""
-    names = ("max_new_tokens", "num_beams")
+    names: tuple[str, ...] = ("max_new_tokens", "num_beams")
     if generation_kwargs.get("do_sample", bool(generation_kwargs.get("temperature"))):
         names += ("do_sample", "temperature", "top_p", "top_k")
     generation = {name: generation_kwargs[name] for name in names if generation_kwargs.get(name) is not None}

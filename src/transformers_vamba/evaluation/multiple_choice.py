@@ -13,7 +13,7 @@ ANNOUNCEMENTS = {"the answer is": "the answer is", "answer:": "answer:", "the op
 
 def respond_with(num_letters: int) -> str:
     """The instruction to answer with one of the first letters, such as `"(A, B, C, or D)"`."""
-    *letters, last = string.ascii_uppercase[:num_letters]
+    *letters, last = list(string.ascii_uppercase[:num_letters])
     return f"Respond with only the letter ({', '.join(letters)}, or {last}) of the correct option."
 
 

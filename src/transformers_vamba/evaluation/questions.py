@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -141,7 +141,7 @@ class VideoQuestionAnswering:
         self.processor.video_processor = EvaluationVideoProcessor.from_dict(video_processor)
         self.batch_size = batch_size
         self.video_cache = None if video_cache is None else Path(video_cache)
-        self.fingerprint = None if video_cache is None else _fingerprint(model, self.processor)
+        self.fingerprint = b"" if video_cache is None else _fingerprint(model, self.processor)
 
     def answer(self, prompts: Sequence[Prompt], progress: bool = False) -> list[Answer]:
         """Generates an answer to each prompt. `progress` shows a bar."""
@@ -160,9 +160,9 @@ class VideoQuestionAnswering:
             `UnreadableVideoError`: for a video that is missing or cannot be read.
         """
         folder = None if self.video_cache is None else self.video_cache / self._name(videos, settings)
-        cache = None if folder is None else self._load(folder)
-        if cache is not None:
-            return cache
+        if folder is not None and (saved := self._load(folder)) is not None:
+            return saved
+        cache: Any = None
         for video in videos:
             for segment in self._read(video, settings):
                 cache = self.model.encode_video(**segment, cache=cache)
@@ -177,7 +177,8 @@ class VideoQuestionAnswering:
         try:
             cache = VambaCache.from_pretrained(folder, device=self.model.device)
             cache.check_fits(self.model.config.get_text_config())
-            _check_whole(cache)
+            if len(cache.videos) != 1 or cache.rows is not None:
+                raise ValueError(f"expected the videos of one prompt, got those of {len(cache.videos)}")
             return cache
         except torch.OutOfMemoryError:
             raise
@@ -212,17 +213,17 @@ class VideoQuestionAnswering:
         return f"{Path(videos[0]).stem}-{digest.hexdigest()[:16]}"
 
     def _by_group(self, prompts: Sequence[Prompt], run: Callable, progress: bool) -> list[Answer]:
-        groups = {}
+        groups: dict[tuple, list[int]] = {}
         for index, prompt in enumerate(prompts):
             groups.setdefault(prompt.group, []).append(index)
-        answers = [None] * len(prompts)
+        answers: dict[int, Answer] = {}
         with tqdm(total=len(prompts), desc="questions", disable=not progress) as bar:
             for indices in groups.values():
                 group_answers = self._answer_group([prompts[index] for index in indices], run)
                 for index, answer in zip(indices, group_answers, strict=True):
                     answers[index] = answer
                     bar.update()
-        return answers
+        return [answers[index] for index in range(len(prompts))]
 
     def _answer_group(self, prompts: list[Prompt], run: Callable) -> list[Answer]:
         cache = None
@@ -255,7 +256,7 @@ class VideoQuestionAnswering:
 
     def _tokenize(self, prompts: list[Prompt]) -> BatchFeature:
         """The text of prompts whose videos are in the cache: no pixels come with it, so nothing stands for them."""
-        texts = [text.replace(self.processor.video_token, "") for text in self._texts(prompts)]
+        texts = [self.processor.remove_placeholders(text) for text in self._texts(prompts)]
         return self.processor(text=texts, padding=True, return_tensors="pt")
 
     def _preprocess(self, prompts: list[Prompt]) -> BatchFeature:
@@ -310,8 +311,7 @@ class VideoQuestionAnswering:
     def _continuation_length(self, prompt: Prompt, ids: list[int]) -> int:
         """How many of a prompt's tokens are its continuation's: those after the first that it changes."""
         (text,) = self._texts([replace(prompt, continuation="")])
-        text = text.replace(self.processor.image_token, "").replace(self.processor.video_token, "")
-        question_ids = self.processor.tokenizer(text).input_ids
+        question_ids = self.processor.tokenizer(self.processor.remove_placeholders(text)).input_ids
         return len(ids) - len(os.path.commonprefix([question_ids, ids]))
 
 
@@ -324,16 +324,6 @@ def _fingerprint(model, processor) -> bytes:
         if not parameter.is_meta:
             digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
     return digest.digest()
-
-
-def _check_whole(cache: VambaCache) -> None:
-    """Raises a `ValueError` unless a cache is of one prompt's videos, as long in each of the decoder layers."""
-    layers = list(itertools.chain(*cache.videos))
-    kept = [[layer.state_dict()[name] for name in layer.token_tensors] for layer in layers]
-    forms = {tuple((tensor.shape, tensor.dtype) for tensor in tensors) for tensors in kept}
-    if len(cache.videos) != 1 or len(forms) != 1 or cache.rows is not None:
-        lengths = [layer.get_seq_length() for layer in layers]
-        raise ValueError(f"expected one video, the same in all layers, got {len(cache.videos)} of lengths {lengths}")
 
 
 def _remove(folder: Path) -> None:

@@ -12,15 +12,18 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from ..cache.cache import VambaCache
 from ..compat import CACHE_NAME
+from ..ops.triton_support import recorded_launches
 from ..parallel.ranks import is_distributed
 
 
@@ -49,7 +52,7 @@ class StepPlan:
         length (`int`): The most text that the cache will hold.
     """
 
-    def __init__(self, model: nn.Module, length: int):
+    def __init__(self, model: PreTrainedModel, length: int):
         self._model = weakref.ref(model)
         self._length = -(-length // LENGTH_STEP) * LENGTH_STEP
         self._finalizer: weakref.finalize | None = None
@@ -87,7 +90,7 @@ class StepPlan:
 
     def finish(self, cache: VambaCache) -> None:
         """Gives the text back to the cache, and the graph to the next who can use it."""
-        if self.step is not None:
+        if self.step is not None and self._finalizer is not None:
             self.step.give_text(cache)
             self._finalizer.detach()
             self.step.set_idle()
@@ -106,7 +109,7 @@ class CapturedStep:
         key (`tuple`): What another use must have in common with this one.
     """
 
-    def __init__(self, model: nn.Module, cache: VambaCache, length: int, batch_size: int, key: tuple):
+    def __init__(self, model: PreTrainedModel, cache: VambaCache, length: int, batch_size: int, key: tuple):
         self.key, self.is_idle = key, False
         self.layers = [StaticLayer(length) for _ in cache.layers]
         device = cache.layers[0].keys.device
@@ -115,9 +118,10 @@ class CapturedStep:
                 layer.lazy_initialization(text.keys[:, :, :0], text.values[:, :, :0])
             self.input_ids = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
             self.position_ids = torch.zeros_like(self.input_ids)
-            self.mask = torch.zeros(batch_size, 1, 1, length, dtype=torch.bool, device=device)
+            # Added to the scores; each layer would convert a mask of booleans.
+            self.mask = cache.layers[0].keys.new_full((batch_size, 1, 1, length), -torch.inf)
         self.num_tokens = 0
-        self.logits: torch.Tensor | None = None
+        self.logits: torch.Tensor  # of the last step
         self._replay: Callable[[], None] | None = None
         self._forward = weakref.WeakMethod(model.forward)
 
@@ -132,9 +136,9 @@ class CapturedStep:
             layer.keys[:, :, :num_tokens] = text.keys
             layer.values[:, :, :num_tokens] = text.values
             layer.cumulative_length.fill_(num_tokens)
-        self.mask.fill_(False)
-        mask = True if attention_mask is None else attention_mask[:, None, None, :num_tokens].bool()
-        self.mask[..., :num_tokens] = mask
+        self.mask.fill_(-torch.inf)
+        is_text = torch.tensor(True) if attention_mask is None else attention_mask[:, None, None, :num_tokens].bool()
+        self.mask[..., :num_tokens].masked_fill_(is_text.to(self.mask.device), 0)
 
     def give_text(self, cache: VambaCache) -> None:
         """Copies all text to the cache."""
@@ -159,8 +163,9 @@ class CapturedStep:
     def _step(self, cache: VambaCache) -> None:
         """What the graph records."""
         text_length = self.layers[0].cumulative_length
-        self.mask.index_fill_(3, text_length.view(1), True)
-        outputs = self._forward()(
+        self.mask.index_fill_(3, text_length.view(1), 0)
+        forward: Any = self._forward()
+        outputs = forward(
             input_ids=self.input_ids,
             position_ids=self.position_ids,
             attention_mask={"full_attention": self.mask},
@@ -173,10 +178,11 @@ class CapturedStep:
         """The replay of a graph of `_step`."""
         twin = copy.copy(cache)
         twin.layers, twin.step_plan = self.layers, None
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        device = self.input_ids.device  # which need not be the current one
+        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), recorded_launches():
             # Once without recording: what is loaded or compiled for its first use cannot be part of a graph.
             self._step(twin)
             for layer in self.layers:
@@ -192,14 +198,14 @@ class CapturedStep:
         return graph.replay
 
 
-_idle_steps: "weakref.WeakKeyDictionary[nn.Module, list[CapturedStep]]" = weakref.WeakKeyDictionary()
+_idle_steps: "weakref.WeakKeyDictionary[PreTrainedModel, list[CapturedStep]]" = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 _capture_lock = threading.Lock()  # a device records one graph at a time
 
 
-def borrow_step(model: nn.Module, cache: VambaCache, length: int, batch_size: int) -> CapturedStep:
+def borrow_step(model: PreTrainedModel, cache: VambaCache, length: int, batch_size: int) -> CapturedStep:
     """A step that nobody uses and that reads the same videos with the same weights, or a new one."""
-    key = (length, batch_size, tuple(cache.rows), *_addresses(model, cache))
+    key = (length, batch_size, tuple(cache.rows or ()), *_addresses(model, cache))
     with _lock:
         steps = _idle_steps.setdefault(model, [])
         for step in steps:
@@ -213,8 +219,8 @@ def borrow_step(model: nn.Module, cache: VambaCache, length: int, batch_size: in
         return steps[-1]
 
 
-def _addresses(model: nn.Module, cache: VambaCache) -> tuple:
-    """What a graph has noted of the world outside it, and must find again."""
+def _addresses(model: PreTrainedModel, cache: VambaCache) -> tuple:
+    """What a graph has noted of the world outside it, and must find again: where its inputs lie, and the settings."""
     videos = (tensor for layer in itertools.chain(*cache.videos) for tensor in layer.state_dict().values())
     adapters = tuple(
         (id(module), str(module.active_adapters), str(module.merged_adapters), module.disable_adapters)
@@ -233,7 +239,7 @@ def _addresses(model: nn.Module, cache: VambaCache) -> tuple:
 
 
 def plan_step(
-    model: nn.Module,
+    model: PreTrainedModel,
     cache: VambaCache,
     generation_config,
     generation_mode: GenerationMode,
@@ -264,13 +270,13 @@ def plan_step(
     num_new_tokens = max_cache_length + 1 - (prompt_length or 0)
     config = model.config.text_config
     bytes_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * model.dtype.itemsize
-    bytes_per_token *= config.hidden_size // config.num_attention_heads * len(cache.rows)
+    bytes_per_token *= config.hidden_size // config.num_attention_heads * len(cache.rows or ())
     if is_asked_otherwise or num_new_tokens < MIN_NEW_TOKENS or max_cache_length * bytes_per_token > MAX_TEXT_BYTES:
         return None
     return StepPlan(model, max_cache_length)
 
 
-def can_capture(model: nn.Module, cache: VambaCache) -> bool:
+def can_capture(model: PreTrainedModel, cache: VambaCache) -> bool:
     """Whether nothing of the model or the cache has to be done by the host in each step."""
     if model.device.type != "cuda" or model.training or is_distributed() or cache.is_video_offloaded:
         return False

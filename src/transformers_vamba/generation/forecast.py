@@ -261,9 +261,9 @@ def measure_video(
     return whole_patches(num_frames, step), (max(num_frames // step, 1), height // patch_size, width // patch_size)
 
 
-def weight_bytes(model: VambaConfig | nn.Module, dtype: torch.dtype, weight_bits: int | None) -> int:
+def weight_bytes(model: VambaConfig | PreTrainedModel, dtype: torch.dtype, weight_bits: int | None) -> int:
     """Bytes of a model's weights: as they are if it is loaded, otherwise as they would be in `dtype`."""
-    if not isinstance(model, nn.Module):
+    if isinstance(model, VambaConfig):
         with torch.device("meta"):
             model = VambaForConditionalGeneration(model)
     elif model.device.type != "meta":
@@ -288,7 +288,7 @@ def cache_bytes_per_token(config: VambaTextConfig, dtype: torch.dtype, is_quanti
     """Bytes of the keys and values of a token in one decoder layer."""
     head_dim = config.hidden_size // config.num_attention_heads
     bytes_per_head = head_dim + dtype.itemsize if is_quantized else head_dim * dtype.itemsize  # a scale a head
-    return 2 * config.num_key_value_heads * bytes_per_head
+    return 2 * (config.num_key_value_heads or config.num_attention_heads) * bytes_per_head
 
 
 def mixer_state_bytes(config: VambaTextConfig, dtype: torch.dtype) -> int:

@@ -4,6 +4,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import transformers
@@ -33,7 +34,7 @@ def checkpointing_paused(model: nn.Module) -> Iterator[None]:
     Turns gradient checkpointing off within the block. Before Transformers 5.24 a checkpointed layer drops its cache in
     training mode, also if there is no gradient, and the tokens that are generated would not know what came before.
     """
-    paused = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    paused: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in paused:
         module.gradient_checkpointing = False
     try:
@@ -148,7 +149,7 @@ class VambaGenerationMixin(GenerationMixin):
                 cache.steps, cache.changes = encoded.steps, encoded.changes
         self.model.encode_media(media, cache)
         num_copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-        cache.rows = [row for row in cache.rows for _ in range(num_copies)]
+        cache.rows = [row for row in cache.rows or () for _ in range(num_copies)]
         if cache.is_compileable and not cache.is_video_offloaded:
             cache.mark_static_videos()
         cache.step_plan = plan_step(self, cache, generation_config, generation_mode, prompt_length, max_cache_length)
@@ -299,9 +300,10 @@ class VambaGenerationMixin(GenerationMixin):
         check_text(self.config.text_config.hidden_size, input_ids, None, attention_mask, None, cache)
         if not isinstance(cache, VambaCache) or not cache.videos:
             raise ValueError("`cache` holds no video to be read: encode one with `encode_video`.")
-        rows = cache.resolve_rows(len(input_ids))
-        if None in rows:
-            raise ValueError(f"Row {rows.index(None)} reads no video of the cache (`cache.rows` is {rows}).")
+        all_rows = cache.resolve_rows(len(input_ids))
+        rows = [row for row in all_rows if row is not None]
+        if len(rows) < len(all_rows):
+            raise ValueError(f"Row {all_rows.index(None)} reads no video of the cache (`cache.rows` is {all_rows}).")
         is_text = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         token_mask = is_text if token_mask is None else token_mask
         if token_mask.shape != input_ids.shape:
@@ -315,7 +317,7 @@ class VambaGenerationMixin(GenerationMixin):
                 "which nothing predicts."
             )
         videos = VambaCache(self.config, video_cache_implementation=cache.video_cache_implementation)
-        videos.videos, videos.steps, videos.rows = cache.videos, cache.steps, rows
+        videos.videos, videos.steps, videos.rows = cache.videos, cache.steps, all_rows
         reader = Reader(videos, rows)
         with watching(self.model.language_model.layers, reader.receive, videos, rows, predicts):
             self.model(input_ids=input_ids, attention_mask=attention_mask, cache=videos, use_cache=False)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..cache.cache import VambaCache
-from ..layers.decoder import VambaCrossAttention, VideoStates
+from ..cache.layers import VideoStates
+from ..layers.decoder import VambaCrossAttention
 from ..ops.quantized_attention import QuantizedStates
 
 
@@ -49,8 +50,8 @@ class VideoReading(NamedTuple):
             When each step begins, in seconds after the first frame; NaN if that is not known.
     """
 
-    weights: torch.FloatTensor
-    seconds: torch.DoubleTensor
+    weights: torch.Tensor
+    seconds: torch.Tensor
 
     def moments(self, least: float = LEAST_WEIGHT) -> list[Moment]:
         """
@@ -73,7 +74,7 @@ class VideoReading(NamedTuple):
             for run in runs
         ]
 
-    def _stops(self) -> torch.DoubleTensor:
+    def _stops(self) -> torch.Tensor:
         """When each step ends: when the next begins, or after the usual time if there is none."""
         lengths = self.seconds.diff(append=self.seconds.new_tensor([float("nan")]))
         is_last = ~(lengths > 0)
@@ -93,7 +94,7 @@ class Reader:
 
     def __init__(self, cache: VambaCache, rows: list[int]):
         self.steps = [cache.steps_of(row) for row in rows]
-        self.sums: list[torch.Tensor | int] = [0] * len(rows)
+        self.sums = [torch.zeros(len(steps.num_tokens)) for steps in self.steps]
 
     def receive(self, layer_idx: int, row: int, log_weights: torch.Tensor) -> None:
         """Adds float32 logarithms of weights, `(num_heads, num_tokens, num_steps)`."""
@@ -109,7 +110,7 @@ class Reader:
 
 
 def log_weights_of_steps(
-    query: torch.Tensor, keys: VideoStates, num_tokens: torch.LongTensor, scaling: float
+    query: torch.Tensor, keys: VideoStates, num_tokens: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """
     The logarithm of what each query reads of each step: of the sum of its attention weights, float32 of shape
@@ -151,7 +152,7 @@ def _read_in_layer(
     receive: Callable[[int, int, torch.Tensor], None],
     cache: VambaCache,
     rows: list[int],
-    token_mask: torch.BoolTensor,
+    token_mask: torch.Tensor,
     layer: VambaCrossAttention,
     inputs: tuple,
 ) -> None:
@@ -175,7 +176,7 @@ def watching(
     receive: Callable[[int, int, torch.Tensor], None],
     cache: VambaCache,
     rows: list[int],
-    token_mask: torch.BoolTensor,
+    token_mask: torch.Tensor,
 ) -> Iterator[None]:
     """
     A block of code in which `receive` is called with the index of a layer, that of a row, and the logarithms of what
@@ -183,7 +184,7 @@ def watching(
     `(batch_size, sequence_length)`, have been.
     """
     hook = partial(_read_in_layer, receive, cache, rows, token_mask)
-    handles = [layer.cross_attn.register_forward_pre_hook(hook) for layer in layers]
+    handles = [layer.get_submodule("cross_attn").register_forward_pre_hook(hook) for layer in layers]
     try:
         yield
     finally:

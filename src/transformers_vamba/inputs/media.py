@@ -24,7 +24,7 @@ class Medium(NamedTuple):
 
     pixel_values: torch.Tensor
     grid: tuple[int, int, int]
-    timestamps_ms: torch.LongTensor | None = None
+    timestamps_ms: torch.Tensor | None = None
     goes_on: bool = False
 
 

@@ -10,8 +10,8 @@ from ..configuration_vamba import VambaTextConfig
 
 
 def resolve_positions(
-    position_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, text_cache: Cache | None
-) -> torch.LongTensor:
+    position_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, text_cache: Cache | None
+) -> torch.Tensor:
     """Text positions of shape `(batch_size, sequence_length)`."""
     if position_ids is None:
         past_length = text_cache.get_seq_length() if text_cache is not None else 0
@@ -26,7 +26,7 @@ def make_masks(
     attention_mask: torch.Tensor | dict | None,
     inputs_embeds: torch.Tensor,
     text_cache: Cache | None,
-    position_ids: torch.LongTensor,
+    position_ids: torch.Tensor,
 ) -> dict[str, torch.Tensor | None]:
     """The mask of each type of layer, unless they are made already."""
     if isinstance(attention_mask, dict):

@@ -4,22 +4,29 @@
 import itertools
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    Qwen2MLP,
     Qwen2VLAttention,
     Qwen2VLDecoderLayer,
     eager_attention_forward,
 )
 
 from ..cache.layers import VambaVideoLayer
+from ..compat import CACHE_NAME
 from ..configuration_vamba import VambaTextConfig
 from ..inputs.checks import video_device_error, video_dtype_error
 from ..ops.flash_attention import attend_with_flash, prefers_flash
+from ..ops.flash_decoding import can_flash_decode, flash_decode
 from ..ops.quantized_attention import QuantizedStates, attend_quantized
+from ..ops.rotary import rotate_text
+from ..ops.step_kernels import can_fuse, gate_and_up, mix_and_norm
+from ..ops.triton_support import are_launches_recorded
 from ..parallel.gradient_checkpointing import plain_checkpoint, run_in_parts
 from ..parallel.sequence import attend_across_ranks, state_of_earlier_ranks
 from .mixer import VambaVisionMixer
@@ -27,10 +34,49 @@ from .video_context import VideoContext
 
 
 # A run of text tokens, through the rows of a batch: how many they are, and the keys and values of the videos that they
-# read, of shape `(num_videos, num_key_value_heads, num_tokens, head_dim)`: as many text tokens each. `None` where they
-# read nothing.
-VideoStates = torch.Tensor | QuantizedStates
-VideoRead = tuple[int, VideoStates | None, VideoStates | None]
+# read, of shape `(num_videos, num_key_value_heads, num_tokens, head_dim)`: as many text tokens each. Both are tensors,
+# both [`QuantizedStates`], or both `None` if the tokens read nothing.
+VideoRead = tuple[int, Any, Any]
+
+
+class VambaMLP(Qwen2MLP):
+    """[`Qwen2MLP`], with gate and up as one kernel in a decoding step."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.config.hidden_act == "silu" and can_fuse(hidden_states, self.gate_proj, self.up_proj):
+            return self.down_proj(gate_and_up(hidden_states, self.gate_proj, self.up_proj))
+        return super().forward(hidden_states)
+
+
+class VambaSelfAttention(Qwen2VLAttention):
+    """[`Qwen2VLAttention`], with the rotation by positions as one kernel."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Arguments and outputs as in [`Qwen2VLAttention`]."""
+        cache = kwargs.pop(CACHE_NAME, None)
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (projection(hidden_states).view(shape) for projection in projections)
+        query, key = rotate_text(query, key, *position_embeddings)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        kwargs["sliding_window"] = self.sliding_window
+        attn_output, attn_weights = attention_interface(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(attn_output.reshape(*hidden_states.shape[:2], -1)), attn_weights
 
 
 class VambaCrossAttention(Qwen2VLAttention):
@@ -93,6 +139,8 @@ class VambaCrossAttention(Qwen2VLAttention):
         if group is not None:
             return attend_across_ranks(query, keys, values, self.scaling, group).transpose(1, 2)
         if self.config._attn_implementation == "sdpa" and prefers_flash(query, keys, values):
+            if are_launches_recorded() and can_flash_decode(query):
+                return flash_decode(query, keys, values, self.scaling)
             return attend_with_flash(query, keys, values, self.scaling).transpose(1, 2)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -118,7 +166,9 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         # One kernel instead of Qwen2-VL's eight: a decoding step is made of little else than launching kernels.
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = VambaSelfAttention(config, layer_idx)
         self.cross_attn = VambaCrossAttention(config, layer_idx)
+        self.mlp = VambaMLP(config)
         self.alpha = nn.Parameter(torch.full((1,), 0.5))
         self.vision_mixer = VambaVisionMixer(config)
         self.updates_video = layer_idx < config.num_hidden_layers - 1
@@ -168,10 +218,10 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         """
         # Whole layers that are checkpointed (with `use_reentrant=True`, say) come here within their checkpoint.
         checkpoint = self.checkpoint_part if self.training and torch.is_grad_enabled() else None
-        update_text = partial(self.update_text, video_context=video_context, **kwargs)
+        update_text: Callable = partial(self.update_text, video_context=video_context, **kwargs)
         run = update_text if checkpoint is None else partial(checkpoint, update_text)
         hidden_states = run(hidden_states, video_states)
-        if video_states is not None and self.updates_video:
+        if video_states is not None and video_context is not None and self.updates_video:
             group, state = video_context.group, None
             if group is not None:
                 state = state_of_earlier_ranks(self.vision_mixer, video_states, group, checkpoint)
@@ -192,22 +242,32 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         if video_context is not None:
             reads = self._read_videos(video_states, video_context)
             cross_output = self.cross_attn(hidden_states, reads, video_context.group)
-            alpha = self.alpha.clamp(0, 1)
-            if torch.is_grad_enabled():
-                # Straight-through: the clamped value forwards, the gradient as if there were no clamp.
-                alpha = self.alpha + (alpha - self.alpha).detach()
-            if (reads_video := video_context.mark_tokens(alpha.device)) is not None:
-                alpha = torch.where(reads_video, alpha, torch.ones_like(alpha))
-            attn_output = torch.lerp(cross_output, attn_output, alpha.to(attn_output.dtype))
+            reads_video = video_context.mark_tokens(cross_output.device)
+            if reads_video is None and can_fuse(residual, self.post_attention_layernorm):
+                norm = self.post_attention_layernorm
+                hidden_states, normed = mix_and_norm(residual, attn_output, cross_output, self.alpha, norm)
+                return hidden_states + self.mlp(normed)
+            attn_output = self._mix(attn_output, cross_output, reads_video)
         hidden_states = residual + attn_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
-        residual = hidden_states
-        return residual + self.mlp(self.post_attention_layernorm(hidden_states))
+    def _mix(
+        self, attn_output: torch.Tensor, cross_output: torch.Tensor, reads_video: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`alpha` of the self-attention and the rest of what the tokens read; all of it for tokens that read none."""
+        alpha = self.alpha.clamp(0, 1)
+        if torch.is_grad_enabled():
+            # Straight-through: the clamped value forwards, the gradient as if there were no clamp.
+            alpha = self.alpha + (alpha - self.alpha).detach()
+        if reads_video is not None:
+            alpha = torch.where(reads_video, alpha, torch.ones_like(alpha))
+        return torch.lerp(cross_output, attn_output, alpha.to(attn_output.dtype))
 
     def _read_videos(self, video_states: torch.Tensor | None, context: VideoContext) -> list[VideoRead]:
         """What the rows read, of the cache or of videos that come with them: one read per run of rows on one video."""
         rows, text_lengths = context.rows, context.text_lengths
         if video_states is None:
+            assert context.cache is not None  # what is not given is in it
             videos = context.cache.read_videos(self.layer_idx, rows)
         else:
             keys, values = self.cross_attn.project_video(video_states)

@@ -68,4 +68,5 @@ def loss_without_logits(
     chunks = list(zip(hidden_states.split(CHUNK_SIZE), shift_labels.split(CHUNK_SIZE)))
     num_missing = count_missing_runs(lm_head, len(chunks), hidden_states.device)
     chunks += [(hidden_states[:0], shift_labels[:0])] * num_missing
-    return sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+    losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
+    return torch.stack(losses).sum()

@@ -201,7 +201,7 @@ class VambaVisionMixer(nn.Module):
             run = self._summarize if checkpoint is None else partial(checkpoint, self._summarize)
             *state, log_decay = run(stretch, *state)
             log_decays.append(log_decay)
-        return MambaState(*state), sum(log_decays)
+        return MambaState(*state), torch.stack(log_decays).sum(0)
 
     def _max_tokens(self, device: torch.device, checkpoint: Callable | None) -> int:
         """The most tokens of a stretch."""
@@ -223,7 +223,7 @@ def split_into_stretches(lengths: list[int], max_tokens: int) -> Iterator[tuple[
     Groups consecutive sequences into stretches of at most `max_tokens` tokens, and cuts a sequence that is longer than
     what is left of a stretch. Yields the lengths in each stretch, and whether its last sequence goes on in the next.
     """
-    stretch = []
+    stretch: list[int] = []
     room = max_tokens
     for length in lengths:
         while length > room:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a pass through the decoder knows of its videos."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.distributed import ProcessGroup
@@ -30,11 +30,11 @@ class VideoContext:
     text_lengths: list[int]
     is_packed: bool = False
     cache: VambaCache | None = None
-    lengths: list[int] | None = None
+    lengths: list[int] = field(default_factory=list)
     group: ProcessGroup | None = None
     is_read: bool = True
 
-    def mark_tokens(self, device: torch.device) -> torch.BoolTensor | None:
+    def mark_tokens(self, device: torch.device) -> torch.Tensor | None:
         """
         Which tokens read a video: of shape `(batch_size, 1, 1)`, or `(1, sequence_length, 1)` for a packed row. `None`
         if all do.
@@ -44,7 +44,7 @@ class VideoContext:
         if None not in self.rows:
             return None
         if self.cache is not None:
-            return self.cache.mark_rows(device)
+            return self.cache.mark_rows(self.rows, device)
         marks = torch.tensor([row is not None for row in self.rows], device=device)
         if not self.is_packed:
             return marks.view(-1, 1, 1)

@@ -21,7 +21,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 
 from ..inputs.media import Medium, split_into_segments
-from ..ops.tower_kernels import quick_gelu, rotate
+from ..ops.activation import quick_gelu
+from ..ops.rotary import rotate_patches
 from ..parallel.devices import execution_device
 from ..parallel.ranks import count_missing_runs, smallest_medium
 
@@ -68,7 +69,7 @@ class VambaVisionAttention(VisionAttention):
         if frame_length is None:
             return super().forward(hidden_states, cu_seqlens, position_embeddings, max_seqlen=max_seqlen, **kwargs)
         qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
-        states = rotate(qkv, *position_embeddings)
+        states = rotate_patches(qkv, *position_embeddings)
         query, key, value = (each.unflatten(0, (-1, frame_length)).transpose(1, 2) for each in states)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

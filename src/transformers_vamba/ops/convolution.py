@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import silu
 
 from .convolution_kernels import Convolution, can_convolve
+from .triton_support import device_of
 
 
 def convolve(
@@ -27,7 +28,7 @@ def convolve(
         `torch.Tensor`: SiLU of the convolution, of the shape and dtype of the inputs.
     """
     if can_convolve(inputs):
-        with torch.cuda.device_of(inputs):
+        with device_of(inputs):
             return Convolution.apply(inputs, weight, bias, lengths, history, _convolve_in_torch)
     return _convolve_in_torch(inputs, weight, bias, lengths, history)
 

@@ -13,8 +13,8 @@ FEW_QUERIES = 2048  # of all heads that share a key
 
 def prefers_flash(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
     """
-    Whether these, of shape `(num_videos, num_heads, num_tokens, head_dim)`, go to the flash kernel: few queries on a
-    CUDA device, without a gradient, unless the user has turned the kernel off (`enable_flash_sdp`).
+    Whether these, of shape `(num_videos, num_heads, num_tokens, head_dim)`, go to a flash kernel: few queries on a
+    CUDA device, without a gradient, unless the user has turned flash attention off (`enable_flash_sdp`).
     """
     if not query.is_cuda or query.shape[2] > FEW_QUERIES or torch.is_grad_enabled() or query.dtype != keys.dtype:
         return False

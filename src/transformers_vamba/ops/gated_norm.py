@@ -4,7 +4,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from .triton_support import is_usable, tl, triton
+from .triton_support import device_of, is_usable, tl, triton
 
 
 MAX_GROUP_SIZE = 2**14  # channels, which a program holds
@@ -32,7 +32,7 @@ def gated_rms_norm(
     Returns:
         `torch.Tensor`: Of the shape and dtype of `states`.
     """
-    with torch.cuda.device_of(states):
+    with device_of(states):
         return _GatedRMSNorm.apply(states, gate, weight, group_size, eps)
 
 

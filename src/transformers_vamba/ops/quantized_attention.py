@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .quantized_kernel import attend, can_attend
+from .flash_decoding import can_flash_decode, flash_decode
 
 
 class QuantizedStates(NamedTuple):
@@ -65,7 +65,7 @@ def attend_quantized(
 ) -> torch.Tensor:
     """
     Attention without a mask over keys and values in 8 bits. A head at a time is brought back to full size, except for
-    few queries on a CUDA device, which read the 8 bits (see `ops.quantized_kernel`).
+    few queries on a CUDA device, which read the 8 bits (see `ops.flash_decoding`).
 
     What all keys have in common adds the same to every score of a query, which the softmax takes off again: the centre
     of the keys is left out. The weights of the values sum to 1: their centre is added to what comes out.
@@ -78,9 +78,8 @@ def attend_quantized(
         keys (`QuantizedStates`), values (`QuantizedStates`): The video.
         scaling (`float`): Factor of the scores.
     """
-    if can_attend(query):
-        outputs = attend(query, keys, values, scaling)
-        return (outputs + values.centre.transpose(1, 2)).to(query.dtype)
+    if can_flash_decode(query):
+        return flash_decode(query, keys, values, scaling)
 
     def attend_head(head: int) -> torch.Tensor:
         one = slice(head, head + 1)

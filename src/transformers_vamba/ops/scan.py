@@ -12,6 +12,8 @@ from torch.nn.functional import pad, softplus
 from transformers.utils import is_mamba_2_ssm_available
 
 from .scan_kernels import can_scan, scan_in_triton
+from .state import ScanInputs
+from .triton_support import device_of
 
 
 CHUNK_SIZE = 64  # tokens per chunk of the PyTorch scan, whose work inside a chunk grows with it
@@ -50,9 +52,8 @@ def scan(
         token, in float32 (in float64, if `x` is).
     """
     name = choose_implementation(x.device, x.dtype, x.shape[-1], B.shape[-1], implementation)
-    # Triton launches on the current device, which need not be that of the tensors.
-    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        return IMPLEMENTATIONS[name][1](x, dt, A, B, C, D, dt_bias, lengths, state)
+    with torch.autocast(x.device.type, enabled=False), device_of(x):
+        return IMPLEMENTATIONS[name][1](ScanInputs(x, dt, A, B, C, D, dt_bias, lengths, state))
 
 
 def choose_implementation(
@@ -94,18 +95,9 @@ def max_tokens(implementation: str, num_heads: int, head_dim: int, state_size: i
     return max(1, limit // numbers_per_token // 256) * 256
 
 
-def _scan_in_torch(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    dt_bias: torch.Tensor,
-    lengths: list[int],
-    state: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _scan_in_torch(inputs: ScanInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """In float32 at least, on any device."""
+    x, dt, A, B, C, D, dt_bias, lengths, state = inputs
     input_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     num_groups, heads_per_group = B.shape[1], x.shape[1] // B.shape[1]
     size = min(CHUNK_SIZE, max(lengths))
@@ -127,11 +119,13 @@ def _scan_in_torch(
     added = weighted.transpose(-1, -2).flatten(2, 3) @ B
     added = added.unflatten(2, (heads_per_group, -1)).flatten(1, 2)
     states, decays, chunk = [], last[..., None].exp(), 0
+    empty = torch.zeros_like(added[0])
+    running = empty if state is None else state.to(dtype)
     for index, length in enumerate(lengths):
-        state = torch.zeros_like(added[0]) if index > 0 or state is None else state.to(dtype)
+        running = empty if index > 0 else running
         for _ in range(-(-length // size)):
-            states.append(state)
-            state = state * decays[chunk] + added[chunk]
+            states.append(running)
+            running = running * decays[chunk] + added[chunk]
             chunk += 1
 
     within = (total[..., :, None] - total[..., None, :]).masked_fill_(
@@ -145,21 +139,12 @@ def _scan_in_torch(
     if len(y) > len(skip):
         chunks_of_each = y.split([-(-length // size) * size for length in lengths])
         y = torch.cat([piece[:length] for piece, length in zip(chunks_of_each, lengths)])
-    return (y + skip).to(input_dtype), state
+    return (y + skip).to(input_dtype), running
 
 
-def _scan_in_mamba_ssm(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    dt_bias: torch.Tensor,
-    lengths: list[int],
-    state: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _scan_in_mamba_ssm(inputs: ScanInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernels of `mamba-ssm`, which tune themselves at their first call and index in 32 bits."""
+    x, dt, A, B, C, D, dt_bias, lengths, state = inputs
     # An import statement would make the package a requirement of the Hub's remote code.
     mamba_chunk_scan_combined = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     seq_idx = None

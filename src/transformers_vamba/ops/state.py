@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state that a Mamba-2 mixer hands on."""
+"""What goes into a scan, and the state that a Mamba-2 mixer hands on."""
 
 from typing import NamedTuple
 
@@ -17,3 +17,17 @@ class MambaState(NamedTuple):
 
     conv: torch.Tensor
     ssm: torch.Tensor
+
+
+class ScanInputs(NamedTuple):
+    """The arguments of [`ops.scan.scan`], as its implementations take them."""
+
+    x: torch.Tensor
+    dt: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    D: torch.Tensor
+    dt_bias: torch.Tensor
+    lengths: list[int]
+    state: torch.Tensor | None

@@ -5,6 +5,7 @@ whole but in parts, the text's half and the mixer by stretches of video: only on
 whatever the length of the video. What is kept, the layers' inputs, may wait in host memory.
 """
 
+import functools
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from ..cache.storage import copy_stream
 
@@ -26,14 +28,67 @@ def run_in_parts(function: Callable, *args):
     return function(*args)
 
 
-def resolve_checkpointing(gradient_checkpointing_func: Callable, every_n_layers: int) -> tuple[Callable, int]:
+class CheckpointingMixin(PreTrainedModel):
+    """What a model makes of the arguments of `activation_checkpointing_enable`, see [`resolve_checkpointing`]."""
+
+    # Transformers 5.24 has a new name, and calls the method by its old one if a class defines that.
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
+
+        @functools.wraps(PreTrainedModel.activation_checkpointing_enable)
+        def activation_checkpointing_enable(
+            self, activation_checkpointing_kwargs=None, every_n_layers: int = 1, offload: bool = False
+        ):
+            kwargs, offload = offload_beside(activation_checkpointing_kwargs, offload)
+            super().activation_checkpointing_enable(kwargs, every_n_layers, offload)
+
+    else:
+
+        @functools.wraps(PreTrainedModel.gradient_checkpointing_enable)
+        def gradient_checkpointing_enable(
+            self, gradient_checkpointing_kwargs=None, every_n_layers: int = 1, offload: bool = False
+        ):
+            kwargs, offload = offload_beside(gradient_checkpointing_kwargs, offload)
+            super().gradient_checkpointing_enable(kwargs, every_n_layers, offload)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """As of Transformers, which warns of this name since 5.24. PEFT and TRL still ask by it."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable = checkpoint,
+        every_n_layers: int = 1,
+    ):
+        function, layers_per_checkpoint = resolve_checkpointing(gradient_checkpointing_func, every_n_layers)
+        super()._set_gradient_checkpointing(enable, function, every_n_layers)
+        for module in self.modules():
+            if hasattr(module, "layers_per_checkpoint"):  # the decoder
+                module.layers_per_checkpoint = layers_per_checkpoint if enable else 1
+            elif hasattr(module, "checkpoint_in_parts"):  # its layers
+                module.checkpoint_in_parts(function if enable else None, layers_per_checkpoint)
+
+
+def offload_beside(checkpointing_kwargs: dict | None, offload: bool) -> tuple[dict, bool]:
     """
-    What Transformers' `gradient_checkpointing_enable` has made of its arguments, with two differences: its
-    `gradient_checkpointing_kwargs` may hold `layers_per_checkpoint` and `offload` as well, as those of a `Trainer` do,
-    and `offload=True` copies beside the computation.
+    Puts `offload=True` among the arguments of the checkpoint, for [`resolve_checkpointing`]: Transformers' own way
+    copies in line with the computation. Only reentrant checkpoints take that.
+    """
+    kwargs = {"use_reentrant": False} if checkpointing_kwargs is None else checkpointing_kwargs
+    if offload and not kwargs.get("use_reentrant", False):
+        return {**kwargs, "offload": True}, False
+    return kwargs, offload
+
+
+def resolve_checkpointing(gradient_checkpointing_func: Callable, every_n_layers: int) -> tuple[partial, int]:
+    """
+    What Transformers' `activation_checkpointing_enable` has made of its arguments. Those of the checkpoint, which a
+    `Trainer` takes as `activation_checkpointing_kwargs`, may hold `layers_per_checkpoint` and `offload` as well:
+    `offload=True` copies beside the computation.
 
     Returns:
-        `tuple[Callable, int]`: The checkpointing function, and the number of layers for which one input is kept.
+        `tuple[partial, int]`: The checkpointing function, and the number of layers for which one input is kept.
 
     Raises:
         ValueError: for a `layers_per_checkpoint` that is no positive integer, or what cannot be combined.
@@ -51,9 +106,7 @@ def resolve_checkpointing(gradient_checkpointing_func: Callable, every_n_layers:
     offload = kwargs.pop("offload", False)
     if offload and kwargs["use_reentrant"]:
         raise ValueError("`offload=True` among the `gradient_checkpointing_kwargs` needs `use_reentrant=False`.")
-    # The name of Transformers' function for `offload=True`, which copies in line with the computation.
-    offload = offload or getattr(function, "__name__", None) == "checkpoint_func"
-    if offload and not kwargs["use_reentrant"]:
+    if offload:
         function = OffloadedCheckpoint()
     return partial(function, **kwargs), layers_per_checkpoint
 
@@ -134,10 +187,9 @@ class HostCopy:
 
     def read(self) -> torch.Tensor:
         """The whole storage, back on its device; and begins to bring the copy that is read next."""
-        self._bring()
+        flat = self._bring()
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_event(self._is_back)
-        flat = self._on_device
         self.num_readers -= 1
         if self.num_readers <= 0:
             self._on_device = None
@@ -145,14 +197,15 @@ class HostCopy:
             previous._bring()
         return flat
 
-    def _bring(self) -> None:
+    def _bring(self) -> torch.Tensor:
         if self._on_device is not None:
-            return
+            return self._on_device
         num_elements = sum(len(piece) for piece in self._pieces)
         flat = self._on_device = torch.empty(num_elements, dtype=self._dtype, device=self._device)
         self._copy(zip(flat.split(self._PIECE_BYTES // self._dtype.itemsize), self._pieces), flat)
         if self._stream is not None:
             self._is_back = self._stream.record_event()
+        return flat
 
     def _copy(self, pieces, on_device: torch.Tensor) -> None:
         """Copies sources into targets, on a CUDA device in the order of the stream for copies."""

@@ -4,6 +4,8 @@ Several processes, each with samples of its own, that exchange parameters or gra
 the same parts of the model, whether its samples have images and videos or not, or the others wait for ever.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -57,7 +59,7 @@ def zero_of_parameters(module: nn.Module) -> torch.Tensor | int:
     return sum(0 * parameter.sum() for parameter in whole if not isinstance(parameter, DTensor))
 
 
-def forget_zero_gradients(outputs: torch.Tensor, visual: nn.Module, layers: nn.ModuleList) -> None:
+def forget_zero_gradients(outputs: torch.Tensor, visual: nn.Module, layers: Any) -> None:
     """
     After the backward pass that comes from `outputs`: takes gradients away that would be `None` in one process, and
     are zero since every process has to run the same. An optimizer would move by its momentum, and decay, what has one.
@@ -75,8 +77,9 @@ def forget_zero_gradients(outputs: torch.Tensor, visual: nn.Module, layers: nn.M
         of_media = [layer.alpha for layer in layers] + [each for part in parts for each in part.parameters()]
         unread = list(layers[-1].vision_mixer.parameters())
         gradients = (parameter.grad for parameter in of_media if parameter.grad is not None)
+        own_parts = (grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients)
         # In a plain loop: in most steps the first one ends it.
-        is_read = any(bool(getattr(gradient, "_local_tensor", gradient).any()) for gradient in gradients)
+        is_read = any(bool(part.any()) for part in own_parts)
         meshes = (parameter.device_mesh for parameter in of_media if isinstance(parameter, DTensor))
         if (mesh := next(meshes, None)) is not None:  # each process sees its part
             is_read = torch.tensor(is_read, dtype=torch.int32, device=outputs.device)

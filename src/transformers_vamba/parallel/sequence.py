@@ -12,10 +12,12 @@ others takes the sum of their gradients back, and the mean of the ranks' paramet
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..ops.state import MambaState
 
@@ -46,7 +48,7 @@ def _gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def state_of_earlier_ranks(
-    vision_mixer: nn.Module,
+    vision_mixer: Any,
     video_states: torch.Tensor,
     group: dist.ProcessGroup,
     checkpoint: Callable | None = None,
@@ -105,7 +107,7 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(scaled_query.device.type, enabled=False):
             grad = grad.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(grad, group=ctx.group)
-            grad_of_query, grads_of_keys, grads_of_values = 0, [], []
+            grad_of_query, grads_of_keys, grads_of_values = torch.zeros_like(scaled_query), [], []
             mean = (grad * output).sum(-1, keepdim=True)
             for scores, key_part, value_part in _parts(scaled_query, keys, values):
                 probabilities = (scores - log_sum).exp()
@@ -145,7 +147,7 @@ def attend_across_ranks(
     return _Attention.apply(scaled_query, keys, values, group).to(query.dtype)
 
 
-def check_no_dropout(model: nn.Module) -> None:
+def check_no_dropout(model: PreTrainedModel) -> None:
     """Raises a `ValueError` for a model with dropout, which would draw differently for the text of every rank."""
     dropouts = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
     dropouts["attention_dropout"] = model.config.get_text_config().attention_dropout

@@ -120,15 +120,15 @@ class VambaDataCollator:
                 f"{last_error}"
             ) from last_error
         if self.packing:
-            samples = list(filter(None, samples)) or [None]
+            samples = [sample for sample in samples if sample] or [self._blank_row()]
         return self._collate([sample or self._blank_row() for sample in samples])
 
-    def _prepare_rows(
-        self, rows: list[dict[str, Any]]
-    ) -> tuple[list[dict[str, torch.Tensor] | None], Exception | None]:
+    def _prepare_rows(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any] | None], Exception | None]:
         """What is made of each row, `None` where that fails, and the last error of these."""
-        samples, last_error = [], None
-        first, first_media = None, []  # the row whose images and videos those after it may share
+        samples: list[dict[str, Any] | None] = []
+        last_error = None
+        first: dict[str, Any] | None = None
+        first_media: list = []  # the row whose images and videos those after it may share
         for row in rows:
             try:
                 messages = _fill_in_media(row)
@@ -143,7 +143,7 @@ class VambaDataCollator:
                 samples.append(None)
                 first, last_error = None, error
             else:
-                if is_sharing:
+                if is_sharing and first is not None:
                     first["num_sharing"] = first.get("num_sharing", 0) + 1
                 elif media:
                     first, first_media = samples[-1], media
@@ -151,9 +151,7 @@ class VambaDataCollator:
                     first = None
         return samples, last_error
 
-    def _prepare_row(
-        self, row: dict[str, Any], messages: list[dict[str, Any]], is_sharing: bool
-    ) -> dict[str, torch.Tensor]:
+    def _prepare_row(self, row: dict[str, Any], messages: list[dict[str, Any]], is_sharing: bool) -> dict[str, Any]:
         """
         The inputs of one row, of shape (1, tokens) those of the text; without pixels if it shares those of the row
         before it.
@@ -168,7 +166,7 @@ class VambaDataCollator:
             if is_sharing:
                 _replace_source(part, STAND_INS[part["type"]])
             elif part["type"] == "image" and self.image_edges is not None:
-                _replace_source(part, self._bring_within_edges(load_image(_source(part))))
+                _replace_source(part, self._bring_within(self.image_edges, load_image(_source(part))))
         inputs = self.processor.apply_chat_template(
             messages,
             tokenize=True,
@@ -216,14 +214,10 @@ class VambaDataCollator:
             )
         raise ValueError("the assistant says nothing in it.")
 
-    def _bring_within_edges(self, image: Image.Image) -> Image.Image:
-        size = dict(zip(("shortest_edge", "longest_edge"), self.image_edges))
+    def _bring_within(self, edges: tuple[int, int], image: Image.Image) -> Image.Image:
+        size = dict(zip(("shortest_edge", "longest_edge"), edges))
         height, width = self.processor.video_processor.get_resized_sizes(image.height, image.width, size=size)[0]
         return image.resize((width, height), Image.Resampling.BICUBIC)
-
-    def _without_placeholders(self, text: str) -> str:
-        """The text that is tokenized, of what the chat template writes."""
-        return text.replace(self.processor.image_token, "").replace(self.processor.video_token, "")
 
     def _find_marks(self, messages: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
         """
@@ -238,13 +232,14 @@ class VambaDataCollator:
             **self.processor.tokenizer.special_tokens_map,
         )
         for begin, end in spans:
-            yield len(self._without_placeholders(text[:begin])), len(self._without_placeholders(text[:end]))
+            before, with_it = (self.processor.remove_placeholders(text[:place]) for place in (begin, end))
+            yield len(before), len(with_it)
 
     def _find_words_of_assistant(self, messages: list[dict[str, Any]], learn_from: int) -> Iterator[tuple[int, int]]:
         """Begin and end of what is learned of each turn, in characters of the text that is tokenized."""
 
         def render(messages, **kwargs):
-            return self._without_placeholders(self.processor.apply_chat_template(messages, **kwargs))
+            return self.processor.remove_placeholders(self.processor.apply_chat_template(messages, **kwargs))
 
         conversation = render(messages)
         for i, message in enumerate(messages):

@@ -14,7 +14,10 @@ from .trainer import VambaTrainer
 
 
 def distillation_loss(
-    logits: torch.Tensor, top_k_values: torch.Tensor, top_k_indices: torch.Tensor, num_items: int | None = None
+    logits: torch.Tensor,
+    top_k_values: torch.Tensor,
+    top_k_indices: torch.Tensor,
+    num_items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """
     The published loss: KL divergence of the student from the teacher, among the teacher's k likeliest tokens alone.
@@ -23,7 +26,8 @@ def distillation_loss(
         logits (`torch.Tensor` of shape `(num_tokens, vocab_size)`): The student's.
         top_k_values (`torch.Tensor` of shape `(num_tokens, k)`): The teacher's highest logits.
         top_k_indices (`torch.LongTensor` of shape `(num_tokens, k)`): The tokens that they are of.
-        num_items (`int`, *optional*): What the sum over the tokens is divided by, `num_tokens` by default.
+        num_items (`torch.Tensor` or `int`, *optional*):
+            What the sum over the tokens is divided by, `num_tokens` by default.
     """
     student = logits.gather(-1, top_k_indices).float().log_softmax(-1)
     teacher = top_k_values.float().log_softmax(-1)
@@ -73,7 +77,7 @@ class VambaDistillationTrainer(VambaTrainer):
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         if self.teacher is not None:
             distilled = targets != -100
-            top_k_values, top_k_indices = self._ask_teacher(inputs, distilled)
+            top_k_values, top_k_indices = self._ask_teacher(self.teacher, inputs, distilled)
         else:
             distilled = labels != -100
             if not distilled.any():  # rows that could not be read
@@ -104,10 +108,10 @@ class VambaDistillationTrainer(VambaTrainer):
         return loss / num_items_in_batch + self.distill_coeff * divergence
 
     @torch.no_grad()
-    def _ask_teacher(self, inputs, distilled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _ask_teacher(self, teacher, inputs, distilled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The teacher's `top_k` highest logits, and their tokens, at the positions marked in `distilled`, in order."""
         logits = [
-            self.teacher(**sample, use_cache=False).logits[0]
+            teacher(**sample, use_cache=False).logits[0]
             for sample in qwen2_vl_samples(inputs, distilled, self.model.config)
         ]
         return torch.cat(logits).topk(self.top_k, dim=-1)
@@ -137,7 +141,7 @@ def qwen2_vl_samples(inputs, kept: torch.Tensor, config) -> Iterator[dict[str, t
     for i, (row, span) in enumerate(spans):
         marks = inputs["mm_token_type_ids"][row, span]
         tokens_after = torch.zeros_like(marks)  # that the teacher reads behind each of the student's
-        sample = {}
+        sample: dict[str, torch.Tensor] = {}
         for mark, ((pixels_name, grid_name), media_of_samples) in media.items():
             if not media_of_samples[i]:
                 continue

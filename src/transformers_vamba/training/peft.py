@@ -33,7 +33,7 @@ class VambaPeftModel(PeftModel):
     def create_or_update_model_card(self, output_dir: str) -> None:
         """As PEFT's, with an example of a video instead of an empty form."""
         if not (Path(output_dir) / "README.md").exists():
-            write_model_card(output_dir, self.config._name_or_path, is_adapter=True)
+            write_model_card(output_dir, self.config.name_or_path, is_adapter=True)
         super().create_or_update_model_card(output_dir)
 
     def save_pretrained(self, save_directory, state_dict=None, is_main_process: bool = True, **kwargs):

@@ -2,6 +2,8 @@
 """What a Vamba wants of a `Trainer`, Transformers' or TRL's."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 from transformers import Trainer
@@ -22,8 +24,15 @@ class VambaTrainerMixin:
         class VambaSFTTrainer(VambaTrainerMixin, SFTTrainer): ...
     """
 
+    # Of the trainer.
+    args: Any
+    model: Any
+    accelerator: Any
+    is_world_process_zero: Callable[[], bool]
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        return [name for name in super().get_decay_parameter_names(model) if not WITHOUT_DECAY.search(name)]
+        names = super().get_decay_parameter_names(model)  # type: ignore[misc]  # the trainer's
+        return [name for name in names if not WITHOUT_DECAY.search(name)]
 
     def create_model_card(self, *args, tags: str | list[str] | None = None, **kwargs) -> None:
         """Writes the card. Of the arguments of the trainer's own method it takes the tags alone."""
@@ -32,7 +41,7 @@ class VambaTrainerMixin:
         model = self.accelerator.unwrap_model(self.model)
         write_model_card(
             self.args.output_dir,
-            model.config._name_or_path,
+            model.config.name_or_path,
             is_adapter=hasattr(model, "peft_config"),
             tags=[tags] if isinstance(tags, str) else tags or (),
             path=self.args.hub_model_id,

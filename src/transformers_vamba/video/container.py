@@ -145,7 +145,7 @@ def decode_packet(packet) -> list:
         raise damage_error(packet, error.strerror) from error
 
 
-def damage_error(packet, reason: str) -> DamageError:
+def damage_error(packet, reason: str | None) -> DamageError:
     time = packet.pts if packet.pts is not None else packet.dts
     start = packet.stream.start_time or 0
     where = "" if time is None else f" near {float((time - start) * packet.time_base):.1f} s"

@@ -3,11 +3,12 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,8 @@ class Decoders:
 
     def __init__(self, file: FileView):
         self.file = file
-        self.idle, self.opened = SimpleQueue(), ExitStack()
+        self.idle: SimpleQueue[Picture] = SimpleQueue()
+        self.opened = ExitStack()
 
     def decode(self, packets: list, wanted: list[int], transform: Callable) -> list[torch.Tensor] | None:
         """
@@ -116,7 +118,9 @@ def decode_in_parallel(
     import av
 
     wanted = index.pts[indices] if index.pts is not None and not index.num_missing else np.array([], dtype=np.int64)
-    stretches = plan_stretches(index.packets, wanted) if len(wanted) and av.logging.get_level() is None else None
+    stretches = None
+    if index.packets is not None and len(wanted) and av.logging.get_level() is None:
+        stretches = plan_stretches(index.packets, wanted)
     if not stretches or len(stretches) == 1 or any(map(is_long, stretches)):
         yield from decode_plainly(file, index, indices, transform, stop)
         return
@@ -125,7 +129,7 @@ def decode_in_parallel(
     decoders = Decoders(file)
     with decoders.opened, ThreadPoolExecutor(num_decoders, "video-decoder") as pool:
         packets = read_stretches(file, stretches, stop)
-        ahead = deque()
+        ahead: deque[Future] = deque()
         try:
             while True:
                 for stretch, stretch_packets in packets:
@@ -153,10 +157,11 @@ def is_long(stretch: Stretch) -> bool:
 
 def read_stretches(
     file: FileView, stretches: list[Stretch], stop: Callable[[], bool]
-) -> Iterator[tuple[Stretch, list]]:
+) -> Generator[tuple[Stretch, list]]:
     """Each stretch and its packets, from one pass over the file."""
     with open_video(FileView(file)) as container:
-        position, kept = 0, deque()  # kept: packets that the next stretch may need as well
+        position = 0
+        kept: deque[tuple[int, Any]] = deque()  # packets that the next stretch may need as well
         source = (packet for packet in demux(container) if packet.size)
         for stretch in stretches:
             while kept and kept[0][0] < stretch.start:
@@ -180,9 +185,9 @@ def decode_plainly(
     Raises:
         `ValueError`: when one of them does not come.
     """
-    by_time = index.pts is not None
+    pts = index.pts
     num_there = index.metadata.total_num_frames - index.num_missing
-    wanted = deque((index.pts[i] if by_time else i) for i in indices.tolist() if i < num_there)
+    wanted = deque((i if pts is None else pts[i]) for i in indices.tolist() if i < num_there)
     number = 0
     with open_video(FileView(file), thread_count=1 if index.damage else None) as container:
         stream = video_stream(container)
@@ -197,12 +202,12 @@ def decode_plainly(
                     raise
                 continue
             for frame in frames:
-                place = frame.pts if by_time else number
+                place = number if pts is None else frame.pts
                 number += 1
                 if wanted and place == wanted[0]:
                     wanted.popleft()
                     yield transform(picture.to_array(frame))
-                elif wanted and by_time and (place is None or place > wanted[0]):
+                elif wanted and pts is not None and (place is None or place > wanted[0]):
                     raise undecoded_error(index, wanted[0], stream)
     if wanted and not stop():
         raise undecoded_error(index, wanted[0], None)

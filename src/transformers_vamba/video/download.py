@@ -3,13 +3,14 @@
 
 import http.client
 import ipaddress
+import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryFile
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
@@ -19,6 +20,8 @@ ATTEMPTS = 3
 FIRST_PAUSE = 0.5  # seconds before the second attempt; twice as long before each further one
 TEMPORARY_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 DEFAULT_PORTS = {"http": 80, "https": 443}
+# IPv6 addresses that stand for IPv4 ones, by a rule (RFC 6052) and by one of the network's own (RFC 8215).
+NAT64, LOCAL_NAT64 = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48")
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,22 @@ class SourceLimits:
 
     def check_address(self, address: str):
         """Raises a `ValueError` for an IP address that is not public, if private ones are not allowed."""
-        if not self.allow_private and not ipaddress.ip_address(address.partition("%")[0]).is_global:
-            raise ValueError(f"it leads to {address}, which is not a public address")
+        if not self.allow_private and not is_public(address):
+            # Which address that is would tell of the network behind this machine.
+            raise ValueError("it leads to an address that is not public")
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address, or the IPv4 address that an IPv6 one stands for, is one host of the public Internet."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo or (None, None))[1]
+        if ip in NAT64:
+            inner = ipaddress.IPv4Address(ip.packed[-4:])
+        if ip in LOCAL_NAT64:
+            return False
+        ip = inner or ip
+    return ip.is_global and not ip.is_multicast
 
 
 class Copied:
@@ -105,17 +122,26 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def connection_class(base: type, limits: SourceLimits) -> type:
-    """A class of connections that sends nothing to an address that is not allowed."""
+def connection_class(base: Any, limits: SourceLimits) -> Any:
+    """A class of connections that are not even begun to an address that is not allowed."""
+
+    def connect_to_checked(address, timeout, source_address):
+        host, port = address
+        addresses = [str(place[0]) for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        for each in addresses:
+            limits.check_address(each)
+        # To what was checked: a name that is looked up again may lead elsewhere by then.
+        for each in addresses[:-1]:
+            try:
+                return socket.create_connection((each, port), timeout, source_address)
+            except OSError:
+                continue
+        return socket.create_connection((addresses[-1], port), timeout, source_address)
 
     class CheckedConnection(base):
-        def connect(self):
-            super().connect()
-            try:
-                limits.check_address(self.sock.getpeername()[0])
-            except ValueError:
-                self.close()
-                raise
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._create_connection = connect_to_checked
 
     return CheckedConnection
 
@@ -129,7 +155,8 @@ def make_opener(limits: SourceLimits) -> urllib.request.OpenerDirector:
 
     class Https(urllib.request.HTTPSHandler):
         def https_open(self, req):
-            return self.do_open(connection_class(http.client.HTTPSConnection, limits), req, context=self._context)
+            connection = connection_class(http.client.HTTPSConnection, limits)
+            return self.do_open(connection, req, context=self._context)  # type: ignore[attr-defined]
 
     opener = urllib.request.OpenerDirector()
     handlers = [Http(), Https(), urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor()]
@@ -161,8 +188,8 @@ class PartialDownload:
 
     def __init__(self, url: str, file: BinaryIO, copied: Copied):
         self.url, self.file, self.copied = url, file, copied
-        self.validator = None  # the ETag or date of what is there, so that two versions are never joined
-        self.num_missing = None
+        self.validator: str | None = None  # the ETag or date of what is there, so that two versions are never joined
+        self.num_missing: int | None = None
 
     def go_on(self):
         """
@@ -172,7 +199,9 @@ class PartialDownload:
             `IncompleteRead`: when the body ends before its stated length.
         """
         start = self.file.tell()
-        headers = {"Range": f"bytes={start}-", "If-Range": self.validator} if start and self.validator else {}
+        headers = {}
+        if start and self.validator:
+            headers = {"Range": f"bytes={start}-", "If-Range": self.validator}
         with open_url(self.url, self.copied.limits, headers) as response:
             if response.status != 206 or not (response.headers["Content-Range"] or "").startswith(f"bytes {start}-"):
                 self.file.seek(0)

@@ -3,7 +3,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 import PIL.Image
@@ -58,7 +58,7 @@ class Frames:
     def __init__(self, metadata: VideoMetadata, failure: ValueError | None = None):
         self.metadata, self.failure = metadata, failure
 
-    def read(self, indices: np.ndarray, transform: Callable) -> Iterator[torch.Tensor]:
+    def read(self, indices: np.ndarray, transform: Callable) -> Generator[torch.Tensor]:
         """
         Gives `transform(frame)` for each of these frames, in order.
 
@@ -208,4 +208,4 @@ def image_files(folder: str) -> list[str]:
     """The images in a folder, in the order of the numbers in their names."""
     names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES)]
     parts = {name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)] for name in names}
-    return [os.path.join(folder, name) for name in sorted(names, key=parts.get)]
+    return [os.path.join(folder, name) for name in sorted(names, key=parts.__getitem__)]

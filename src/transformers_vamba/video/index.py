@@ -204,7 +204,8 @@ def seconds_of(pts: list[int | None] | np.ndarray, time_base: Fraction) -> np.nd
     """
     if not len(pts) or any(time is None for time in pts):
         return None
-    times = (np.asarray(pts, dtype=np.float64) - pts[0]) * float(time_base)
+    times = np.asarray(pts, dtype=np.float64)
+    times = (times - times[0]) * float(time_base)
     steps = np.diff(times)
     if len(steps) and steps.min() <= 0:
         forward = steps[steps > 0]
@@ -234,7 +235,7 @@ def build_index(file: FileView, skip_damage: bool = False) -> FrameIndex:
     is_still = len(pts) == 1 and rates[0] is None
     probe = None if is_still else probe_frames(file)
     size = probe.size if probe and probe.size else size
-    if is_still or not skip_damage and can_trust(packets, probe):
+    if probe is None or not skip_damage and can_trust(packets, probe):
         times = seconds_of(pts if pts[0] != NO_TIME else [], time_base)
         metadata = describe_frames(times, len(pts), num_missing, rates, time_base, size)
         return FrameIndex(metadata, pts, packets, num_missing)

@@ -5,6 +5,7 @@ import logging
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -98,7 +99,9 @@ def normalize_video(video):
             f"height, width, channels) or (frames, channels, height, width), got {form}."
         )
     is_image = isinstance(video[0], PIL.Image.Image)
-    frames = [np.asarray(frame.convert("RGB")) if isinstance(frame, PIL.Image.Image) else frame for frame in video]
+    frames: list[Any] = [
+        np.asarray(frame.convert("RGB")) if isinstance(frame, PIL.Image.Image) else frame for frame in video
+    ]
     shapes = sorted({tuple(frame.shape) for frame in frames})
     if len(shapes) > 1:
         raise ValueError(f"The frames of a video must have one shape, got {shapes}.")

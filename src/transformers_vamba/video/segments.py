@@ -5,10 +5,11 @@ import atexit
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from fractions import Fraction
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def check_live(kwargs: dict):
 
 def read_sampled(
     video_processor, video, kwargs: dict, segment_frames: int, stop: Callable[[], bool]
-) -> Iterator[tuple[list[torch.Tensor], np.ndarray, int]]:
+) -> Generator[tuple[list[torch.Tensor], np.ndarray, int]]:
     """
     The sampled frames of a video, resized, at most `segment_frames` at a time, their times in seconds (float64, NaN if
     not known), and how many there are in all. Where reading fails, what came before is given first.
@@ -108,7 +109,7 @@ def read_sampled(
 
 def read_live(
     video_processor, video, kwargs: dict, segment_frames: int, stop: Callable[[], bool]
-) -> Iterator[tuple[list[torch.Tensor], np.ndarray, None]]:
+) -> Generator[tuple[list[torch.Tensor], np.ndarray, None]]:
     """As [`read_sampled`], of a source that is read as it comes: nobody knows how many frames there will be."""
     fps = kwargs["fps"] if kwargs["do_sample_frames"] else None
     limits = video_processor.source_limits
@@ -117,13 +118,14 @@ def read_live(
         picture, transform = Picture(stream), video_processor.frame_transform(None, kwargs)
         decoded = (frame for packet in demux(container) if not stop() for frame in decode_packet(packet))
         first = next(decoded, None)
+        begin = (first and first.time) or 0.0
         decoded = decoded if first is None else itertools.chain([first], decoded)
         sampled = decoded if fps is None else sample_live(decoded, stream.average_rate, fps)
         num_frames = 0
         for stretch in cut(((transform(picture.to_array(frame)), frame.time) for frame in sampled), segment_frames):
             num_frames += len(stretch)
             resized, seconds = zip(*stretch)
-            yield list(resized), np.array(seconds, dtype=np.float64) - (first.time or 0.0), None
+            yield list(resized), np.array(seconds, dtype=np.float64) - begin, None
         if not num_frames and not stop():
             raise ValueError("it ended before a frame could be sampled")
 
@@ -151,13 +153,13 @@ def sample_live(frames: Iterable, rate: Fraction | None, fps: float) -> Iterator
     Takes the frame that is nearest to the middle of each interval of `1 / fps` seconds, as `sample_frames` does, but
     the end need not be known: a frame is chosen when the next one has come.
     """
-    start = held = held_time = None
+    held, held_time, start = None, 0.0, 0.0
     num_intervals, step = 0, 1 / float(rate) if rate else 0.0
     for index, frame in enumerate(frames):
         if frame.time is None and rate is None:
             raise ValueError("its frames have neither times nor a rate, so they cannot be sampled by `fps`")
         time = index * step if frame.time is None else frame.time
-        start = time if start is None else start
+        start = start if index else time
         if held is not None:
             step = time - held_time
             num_passed = count_middles(held_time - start + step / 2, fps)
@@ -175,8 +177,8 @@ def count_middles(seconds: float, fps: float) -> int:
 
 
 def preprocess_stretches(
-    video_processor, stretches: Iterator, temporal_patch_size: int, videos_kwargs: dict
-) -> Iterator[tuple[BatchFeature, int, int | None]]:
+    video_processor, stretches: Generator, temporal_patch_size: int, videos_kwargs: dict
+) -> Generator[tuple[BatchFeature, int, int | None]]:
     """The patches of each stretch of resized frames, their number of frames, and that of the whole video."""
     with closing(stretches):
         for i, (frames, seconds, num_frames) in enumerate(stretches):
@@ -189,13 +191,14 @@ def preprocess_stretches(
                 yield segment, len(frames), num_frames
 
 
-def read_ahead(items: Iterator, stop: threading.Event) -> Iterator:
+def read_ahead(items: Generator, stop: threading.Event) -> Generator:
     """
     Runs a generator in a background thread, `SEGMENTS_AHEAD` items ahead. Errors are raised where their item would
     have come. Closing sets `stop`, so that an item in the making may be given up, and waits for the thread, though not
     for a source that has stalled: the thread ends on its own when that goes on.
     """
-    results, room, end = SimpleQueue(), threading.Semaphore(SEGMENTS_AHEAD), object()
+    results: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+    room, end = threading.Semaphore(SEGMENTS_AHEAD), object()
 
     def run():
         room.acquire()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException
 from tempfile import TemporaryFile
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes
 
 from .container import DamageError
@@ -127,7 +127,7 @@ def describe_error(error: Exception) -> str:
 class LiveSource:
     """A binary file that cannot be sought, read as it comes: a buffered one would wait until its buffer is full."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file):
         self.read = getattr(file, "read1", file.read)
 
     def seekable(self) -> bool:
@@ -143,7 +143,8 @@ class FileView:
     """
 
     def __init__(self, file):
-        self.file, self.lock = (file.file, file.lock) if isinstance(file, FileView) else (file, threading.Lock())
+        self.file: Any = file.file if isinstance(file, FileView) else file
+        self.lock: threading.Lock = file.lock if isinstance(file, FileView) else threading.Lock()
         self.position = 0
         name = getattr(self.file, "name", None)
         self.name = name if isinstance(name, str) else ""  # FFmpeg looks at its ending
@@ -229,7 +230,7 @@ def decode_data_url(source: str, limits: SourceLimits) -> bytes:
 
 
 @contextmanager
-def open_source(video, limits: SourceLimits, live: bool = False) -> Iterator[BinaryIO]:
+def open_source(video, limits: SourceLimits, live: bool = False) -> Iterator[Any]:
     """
     Opens the encoded file of a video to be read from its beginning; a file that is open already is left open.
 
@@ -268,7 +269,7 @@ def open_source(video, limits: SourceLimits, live: bool = False) -> Iterator[Bin
 
 
 @contextmanager
-def open_local(source: str, limits: SourceLimits, live: bool) -> Iterator[BinaryIO]:
+def open_local(source: str, limits: SourceLimits, live: bool) -> Iterator[BinaryIO | LiveSource]:
     """Opens a path or `file://` URL; a named pipe is read to its end first unless it is live."""
     if not limits.allow_local:
         raise ValueError("files of this machine may not be opened here")
