@@ -60,12 +60,12 @@ class VideoChanges:
     """
 
     last_step: torch.Tensor | None = None
-    size: tuple[int, int] | None = None
+    size: tuple[int, ...] | None = None
     importance: torch.Tensor | None = None
 
     def prune(
         self, embeds: torch.Tensor, media: list[Medium], rate: float
-    ) -> tuple[torch.Tensor, list[torch.LongTensor], "VideoChanges"]:
+    ) -> tuple[torch.Tensor, list[torch.Tensor], "VideoChanges"]:
         """
         Drops of each time step the tokens that changed least.
 
@@ -77,7 +77,7 @@ class VideoChanges:
             rate (`float`): The share to drop, at least 0 and below 1.
 
         Returns:
-            `tuple[torch.Tensor, list[torch.LongTensor], VideoChanges]`: What is kept, in order; of each medium the
+            `tuple[torch.Tensor, list[torch.Tensor], VideoChanges]`: What is kept, in order; of each medium the
             number of tokens of its time steps, on the CPU; and the changes with these tokens.
         """
         pieces, counts = [], []
@@ -94,6 +94,7 @@ class VideoChanges:
                 pieces.append(steps[0])
                 importances.append(steps.new_full(steps.shape[1:2], math.inf, dtype=torch.float32))
                 last_step, steps = steps[0].detach(), steps[1:]
+            assert last_step is not None  # without one, the medium has just begun
             seen = torch.cat([last_step[None], steps.detach()])
             changes = torch.linalg.vector_norm(seen[1:].float() - seen[:-1].float(), dim=-1)
             importance = changes - changes.mean(dim=1, keepdim=True)
@@ -102,14 +103,16 @@ class VideoChanges:
             pieces.append(steps.gather(1, kept[..., None].expand(-1, -1, steps.shape[-1])).flatten(0, 1))
             importances.append(importance.gather(1, kept).flatten())
             last_step, last_size = seen[-1], tuple(size)
+        assert last_step is not None  # a segment has a medium
         changes = VideoChanges(last_step.clone(), last_size, torch.cat(importances))
         return torch.cat(pieces)[None], counts, changes
 
-    def choose(self, max_video_tokens: int) -> torch.LongTensor:
+    def choose(self, max_video_tokens: int) -> torch.Tensor:
         """
         The indices, in order, of the tokens that a cache over this budget keeps, seven eighths of it: as a quarter of
         them the newest, and of what is older the most important; of equally important ones the newer.
         """
+        assert self.importance is not None  # of a video that is over its budget
         num_tokens = num_left(max_video_tokens)
         num_new = num_tokens // KEPT_FOR_AGE
         num_old = len(self.importance) - num_new
@@ -118,15 +121,17 @@ class VideoChanges:
         old = (num_old - 1 - order).sort().values
         return torch.cat([old, torch.arange(num_old, len(self.importance), device=old.device)])
 
-    def select(self, indices: torch.LongTensor) -> "VideoChanges":
+    def select(self, indices: torch.Tensor) -> "VideoChanges":
         """The changes with some of the tokens."""
+        assert self.importance is not None  # of a video that has tokens
         return replace(self, importance=self.importance[indices])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors by name, if there are any."""
-        return {} if self.last_step is None else {"last_step": self.last_step, "importance": self.importance}
+        tensors = {"last_step": self.last_step, "importance": self.importance}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def to(self, device: torch.device) -> "VideoChanges":
         """The changes on a device."""
         tensors = {name: tensor.to(device) for name, tensor in self.state_dict().items()}
-        return replace(self, **tensors)
+        return VideoChanges(size=self.size, **tensors)

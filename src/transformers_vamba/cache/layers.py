@@ -81,7 +81,7 @@ class VambaVideoLayer:
         self._storage.crop(num_tokens)
         self.mixer_state = mixer_state
 
-    def select(self, indices: torch.LongTensor) -> None:
+    def select(self, indices: torch.Tensor) -> None:
         """Keeps some of the tokens, in memory of their own. The mixer goes on from the state that it had."""
         self._storage.select(indices)
 

@@ -197,12 +197,13 @@ def check_changes(path: Path, content: dict, config: VambaTextConfig, lengths: l
         raise damaged(path.with_name(CACHE_CONFIG_NAME), f"has {len(sizes)} grid_sizes for {len(lengths)} videos")
     headers = read_headers(path, content.get("cache_id"))
     for video, (size, num_tokens) in enumerate(zip(sizes, lengths)):
-        last_step, importance = (headers.get(f"{video}.{name}") for name in ("last_step", "importance"))
+        missing = Header("no dtype", ())
+        last_step, importance = (headers.get(f"{video}.{name}", missing) for name in ("last_step", "importance"))
         if importance != Header("F32", (num_tokens,)):
             raise damaged(path, f"has importance {importance} for the {num_tokens} tokens of video {video}")
-        is_step = last_step is not None and last_step.dtype in FLOATS and last_step.shape[1:] == (config.hidden_size,)
         # The vision tower merges squares of patches.
-        if not is_step or not last_step.shape[0] or size is None or math.prod(size) % last_step.shape[0]:
+        places = last_step.shape[0] if last_step.shape[1:] == (config.hidden_size,) else 0
+        if not places or last_step.dtype not in FLOATS or size is None or math.prod(size) % places:
             raise damaged(path, f"has the last step {last_step} of grid {size} for video {video}")
     if len(headers) != 2 * len(lengths):
         raise damaged(path, f"holds {len(headers)} tensors for {len(lengths)} videos")

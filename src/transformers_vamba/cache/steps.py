@@ -20,8 +20,8 @@ class VideoSteps:
     image. Nothing is changed in place: appending gives a new record.
 
     Args:
-        num_tokens (`torch.LongTensor` of shape `(num_steps,)`): Tokens of each step, on the CPU.
-        timestamps_ms (`torch.LongTensor` of shape `(num_steps,)`):
+        num_tokens (`torch.Tensor` of shape `(num_steps,)`): Tokens of each step, on the CPU.
+        timestamps_ms (`torch.Tensor` of shape `(num_steps,)`):
             When each step begins, in milliseconds after the first frame; -1 if that is not known. They start anew with
             each video of a conversation.
     """
@@ -30,7 +30,7 @@ class VideoSteps:
     timestamps_ms: torch.Tensor = field(default_factory=_empty)
 
     def append(
-        self, num_steps: int, tokens_per_step: int | torch.LongTensor, timestamps_ms: torch.Tensor | None = None
+        self, num_steps: int, tokens_per_step: int | torch.Tensor, timestamps_ms: torch.Tensor | None = None
     ) -> "VideoSteps":
         """
         The record with further steps, of as many tokens each, or as `tokens_per_step` says of shape `(num_steps,)`.
@@ -43,7 +43,7 @@ class VideoSteps:
             torch.cat([self.timestamps_ms, timestamps_ms.to("cpu", torch.long)]),
         )
 
-    def select(self, indices: torch.LongTensor) -> "VideoSteps":
+    def select(self, indices: torch.Tensor) -> "VideoSteps":
         """The record with some of the tokens, and with the steps that have any left."""
         steps = torch.arange(len(self.num_tokens)).repeat_interleave(self.num_tokens)
         num_tokens = steps[indices.cpu()].bincount(minlength=len(self.num_tokens))

@@ -72,7 +72,7 @@ class DeviceStorage:
         """Drops all but the first tokens."""
         self._states = tuple(states[:, :, :num_tokens] for states in self._states)
 
-    def select(self, indices: torch.LongTensor) -> None:
+    def select(self, indices: torch.Tensor) -> None:
         """Keeps some of the tokens, in memory of their own: forks keep what they have."""
         indices, num_tokens = indices.to(self.device), len(indices)
         if not self._memory:
@@ -176,7 +176,7 @@ class HostStorage:
         self.num_tokens = num_tokens
         del self._blocks[-(-num_tokens // self.tokens_per_block) :]
 
-    def select(self, indices: torch.LongTensor) -> None:
+    def select(self, indices: torch.Tensor) -> None:
         """Keeps some of the tokens, in blocks of their own: forks keep what they have."""
         self._wait()
         indices, blocks = indices.cpu(), self._blocks

@@ -232,7 +232,7 @@ class VambaGenerationMixin(GenerationMixin):
             raise ValueError(f"`segment_frames` must be an integer of at least 1, got {segment_frames!r}.")
         if cache is not None and not isinstance(cache, VambaCache):
             raise TypeError(f"`cache` must be a VambaCache, got {type(cache).__name__}.")
-        video_options = {
+        video_options: dict[str, Any] = {
             "video_cache_implementation": video_cache_implementation,
             "video_pruning_rate": video_pruning_rate,
             "max_video_tokens": max_video_tokens,
