@@ -39,7 +39,16 @@ def load(path, device, weight_bits=None):
     return model.eval(), processor
 
 
-def encode(model, processor, video, video_cache=None, segment_frames=64, **sampling):
+def encode(
+    model,
+    processor,
+    video,
+    video_cache=None,
+    segment_frames=64,
+    video_pruning_rate=None,
+    max_video_tokens=None,
+    **sampling,
+):
     """
     Everything that the model needs of a video (a path, an URL, or frames), before any question is known. `sampling`
     says how many frames are looked at (`num_frames` or `fps`) and their `size`.
@@ -52,6 +61,8 @@ def encode(model, processor, video, video_cache=None, segment_frames=64, **sampl
             cache=cache,
             segment_frames=segment_frames,
             video_cache_implementation=video_cache,
+            video_pruning_rate=video_pruning_rate,
+            max_video_tokens=max_video_tokens,
         )
     return cache
 
@@ -137,12 +148,15 @@ def main():
     parser.add_argument("--longest-edge", type=int, help="pixels to which a larger frame is shrunk")
     parser.add_argument("--segment-frames", type=int, default=64, help="frames that are encoded at a time")
     parser.add_argument("--video-cache", choices=VIDEO_CACHES, help="8 bits, or the host's memory, or both")
+    parser.add_argument("--pruning-rate", type=float, default=0.0, help="share of the video's tokens to drop")
+    parser.add_argument("--max-video-tokens", type=int, help="the most tokens to keep of the video")
     parser.add_argument("--weight-bits", type=int, choices=WEIGHT_BITS, help="quantize the weights")
     args = parser.parse_args()
 
     processor = VambaProcessor.from_pretrained(args.model)
     options = {"num_frames": args.num_frames, "fps": args.fps, "segment_frames": args.segment_frames}
-    options["video_cache"] = args.video_cache
+    options |= {"video_cache": args.video_cache, "video_pruning_rate": args.pruning_rate}
+    options["max_video_tokens"] = args.max_video_tokens
     if args.longest_edge:
         options["size"] = frame_size(processor, args.longest_edge)
     check_memory(args.model, args.video, args.device, {**options, "weight_bits": args.weight_bits})

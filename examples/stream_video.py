@@ -8,6 +8,8 @@ A file plays at its own speed, or `--speed` times faster. With `-` for the file,
 ffmpeg -i rtsp://camera -c copy -f matroska - | python examples/stream_video.py - "Is somebody at the door?"
 
 Each stretch of frames is appended to the cache when it has been played. Nothing that came before is computed again.
+The cache holds `--max-video-tokens` and no more, however long the stream goes on: its newest tokens, and of what is
+older those that changed most.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import torch
 from ask_video import TINY_MODEL, answer, load
 
 
-def watch(model, processor, video, question, fps, every, speed=None):
+def watch(model, processor, video, question, fps, every, speed=None, max_video_tokens=None):
     """
     Plays a video and answers the question after every `every` seconds of it, and at its end.
 
@@ -37,7 +39,7 @@ def watch(model, processor, video, question, fps, every, speed=None):
         if speed is not None:
             time.sleep(max(start + seen / speed - time.perf_counter(), 0))
         shown = time.perf_counter()
-        cache = model.encode_video(**segment, cache=cache)
+        cache = model.encode_video(**segment, cache=cache, max_video_tokens=max_video_tokens)
         if seen >= next_question:
             next_question, answered = next_question + every, seen
             yield seen, answer(model, processor, cache, question), time.perf_counter() - shown
@@ -55,6 +57,7 @@ def main():
         "--speed", type=float, default=1.0, help="how many times faster than its own speed a file plays"
     )
     parser.add_argument("--fps", type=float, help="frames a second to look at (default: the processor's, or 1)")
+    parser.add_argument("--max-video-tokens", type=int, default=32_768, help="that are kept of the video")
     parser.add_argument(
         "--model", default=TINY_MODEL, help="folder or Hub name of a checkpoint (default: the tiny one)"
     )
@@ -66,7 +69,9 @@ def main():
     source, speed = (sys.stdin.buffer, None) if is_live else (args.video, args.speed)
     fps = args.fps or processor.video_processor.fps or 1.0
     print(f"Question: {args.question}")
-    for seen, reply, delay in watch(model, processor, source, args.question, fps, args.every, speed):
+    for seen, reply, delay in watch(
+        model, processor, source, args.question, fps, args.every, speed, args.max_video_tokens
+    ):
         print(f"{seen:8.1f} s: {reply}   ({delay:.2f} s later)", flush=True)
 
 

@@ -308,20 +308,30 @@ class VambaModel(VambaPreTrainedModel):
                         f"Row {row} brings images or videos, but shares its video in the cache with other rows. "
                         "Append to a shared video with `encode_video`, before the batch of questions."
                     )
-                video = cache.videos[index]
-                num_tokens = count_tokens(row_media, vision_config.spatial_merge_size)
-                for layer_cache in video:
-                    layer_cache.reserve(num_tokens + num_remaining_tokens)
-                steps = cache.steps_of(index)
-                for segment in split_into_segments(row_media, max_steps):
-                    self.language_model.encode_video(self.embed_media(segment), video)
-                    for (num_steps, height, width), timestamps_ms in (
-                        (each.grid, each.timestamps_ms) for each in segment
-                    ):
-                        tokens_per_step = height * width // vision_config.spatial_merge_size**2
-                        steps = steps.append(num_steps, tokens_per_step, timestamps_ms)
-                    cache.steps[index] = steps
+                self._append_media(row_media, cache, index, max_steps, num_remaining_tokens)
         cache.rows = rows
+
+    def _append_media(
+        self, media: list[Medium], cache: VambaCache, video: int, max_steps: int, num_remaining_tokens: int
+    ) -> None:
+        """As [`~VambaModel.encode_media`], of one row: its media go to the video of this index in the cache."""
+        merge_size = self.config.vision_config.spatial_merge_size
+        largest_step = max(math.prod(each.grid[1:]) for each in media) // merge_size**2
+        steps_at_once = min(max_steps, sum(each.grid[0] for each in media))
+        num_tokens = count_tokens(media, merge_size) + num_remaining_tokens
+        cache.reserve(video, num_tokens, largest_step, steps_at_once)
+        for segment in split_into_segments(media, max_steps):
+            steps, embeds = cache.steps_of(video), self.embed_media(segment)
+            tokens_per_step = [math.prod(each.grid[1:]) // merge_size**2 for each in segment]
+            if cache.follows_changes:
+                embeds, tokens_per_step, cache.changes[video] = cache.changes_of(video).prune(
+                    embeds, segment, cache.video_pruning_rate
+                )
+            self.language_model.encode_video(embeds, cache.videos[video])
+            for each, num_tokens in zip(segment, tokens_per_step):
+                steps = steps.append(each.grid[0], num_tokens, each.timestamps_ms)
+            cache.steps[video] = steps
+            cache.thin_out(video)
 
     @checked_forward
     def forward(

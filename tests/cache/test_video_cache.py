@@ -353,9 +353,13 @@ def test_errors(model):
     with pytest.raises(ValueError, match="num_remaining_tokens.*at least 0, got -1"):
         model.encode_video(**VIDEO, num_remaining_tokens=-1)
     cache = model.encode_video(**VIDEO)
-    with pytest.raises(ValueError, match="is 'offloaded', but the cache .* keeps its videos 'dynamic'"):
+    with pytest.raises(
+        ValueError, match="is 'offloaded', but the cache .* keeps its videos with video_cache_implementation='dynamic'"
+    ):
         model.encode_video(**VIDEO, cache=cache, video_cache_implementation="offloaded")
-    with pytest.raises(ValueError, match="is 'quantized', but the cache .* keeps its videos 'dynamic'"):
+    with pytest.raises(
+        ValueError, match="is 'quantized', but the cache .* keeps its videos with video_cache_implementation='dynamic'"
+    ):
         generate(model, make_text(), cache=cache, video_cache_implementation="quantized")
     assert cache.video_lengths == [102]
     for implementation in IMPLEMENTATIONS[1:]:

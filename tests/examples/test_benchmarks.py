@@ -12,6 +12,7 @@ import evaluation
 import inference
 import locating
 import mixer_kernels
+import pruning
 import pytest
 import training
 
@@ -130,6 +131,15 @@ def test_mixer_kernels(tmp_path, monkeypatch):
     results = json.loads((tmp_path / "mixer_kernels.json").read_text())
     assert set(results["milliseconds"]) >= {"scan, torch", "scan, torch, forward and backward", "convolution"}
     assert max(results["errors"]["torch"]) < 1e-2 and results["long_errors"]["300"]["torch"] < 1e-2
+
+
+def test_pruning_has_its_figures(tmp_path, capsys):
+    pruning.main(["--device", "cpu", "--frames", "70", "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "pruning.json").read_text())["rows"]
+    # 35 time steps of 6 tokens: the first stays whole.
+    assert [row["video_tokens"] for row in rows] == [210, 6 + 34 * 3, 6 + 34 * 2, 6 + 34, 210, 6 + 34 * 3, 210]
+    assert all(row["encode_s"] > 0 and row["question_s"] > 0 and row["decode_ms"] > 0 for row in rows)
+    assert (tmp_path / "pruning.md").read_text() in capsys.readouterr().out
 
 
 def test_locating_has_its_figures(tmp_path, capsys):

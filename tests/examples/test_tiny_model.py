@@ -103,6 +103,11 @@ def test_stream_is_answered_while_it_plays(tiny, video_file, monkeypatch, capsys
     # Stretches of a second, the shortest at this rate: no question comes again at the end.
     seconds, _, _ = zip(*stream_video.watch(*tiny, path, question, fps=2.0, every=0.5, speed=1000.0))
     assert seconds == tuple(range(1, 19))
+    # Half of the tokens are enough for what happened.
+    *_, (_, reply, _) = stream_video.watch(
+        *tiny, path, question, fps=2.0, every=4.0, speed=1000.0, max_video_tokens=144
+    )
+    assert reply == expected
 
     monkeypatch.setattr(sys, "argv", ["stream_video.py", "-", question, "--every", "8", "--device", "cpu"])
     with open(path, "rb") as file:

@@ -174,8 +174,18 @@ def small_model() -> VambaForConditionalGeneration:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("num_segments", (1, 4))
-def test_peak_is_that_of_living_tensors(processor, monkeypatch, num_segments, implementation):
+@pytest.mark.parametrize(
+    "num_segments, kept",
+    (
+        (1, {}),
+        (4, {}),
+        (4, {"video_pruning_rate": 0.75}),
+        (6, {"max_video_tokens": 1000}),
+        (6, {"video_pruning_rate": 0.5, "max_video_tokens": 1000}),
+    ),
+    ids=str,
+)
+def test_peak_is_that_of_living_tensors(processor, monkeypatch, num_segments, kept, implementation):
     """
     What lives beside the weights, while a video is encoded and while questions are answered. What runs as one kernel
     on a CUDA device counts as that here.
@@ -189,7 +199,7 @@ def test_peak_is_that_of_living_tensors(processor, monkeypatch, num_segments, im
     monkeypatch.setattr("transformers_vamba.generation.forecast.LIBRARY_WORKSPACE", 0)
     steps, height, width = 8, 16, 16
     video = VideoMetadata(total_num_frames=2 * steps * num_segments, height=224, width=224)
-    options = {"video_cache_implementation": implementation}
+    options = {"video_cache_implementation": implementation, **kept}
     batch = {"batch_size": 8, "num_text_tokens": 48, "max_new_tokens": 8}
     sampling = {"do_sample_frames": False, "do_resize": False}
     found = forecast_memory(model, processor, video, segment_frames=2 * steps, **options, **batch, **sampling)
@@ -230,6 +240,8 @@ def test_errors(processor, video_file, tmp_path):
     for name, value, message in (
         ("video_cache_implementation", "int8", "one of 'dynamic', .*, got 'int8'"),
         ("weight_bits", 3, "must be 4 or 8, got 3"),
+        ("video_pruning_rate", 1, "at least 0 and below 1, got 1"),
+        ("max_video_tokens", 0, "at least 1, or None for all, got 0"),
         ("segment_frames", 0, "at least 1, got 0"),
         ("batch_size", 1.5, "at least 1, got 1.5"),
     ):

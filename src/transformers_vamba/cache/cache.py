@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from .changes import VideoChanges, check_pruning, num_kept
 from .layers import VambaVideoLayer, VideoStates, resolve_implementation
 from .saving import SavedVideos, load_videos, save_videos
 from .steps import VideoSteps
@@ -29,6 +30,8 @@ _FIELDS_THAT_FIT = (
     "mamba_d_head",
     "mamba_n_groups",
 )
+# The arguments of a [`VambaCache`] that say how it keeps videos.
+VIDEO_OPTIONS = ("video_cache_implementation", "video_pruning_rate", "max_video_tokens")
 
 
 class VambaCache(Cache):
@@ -49,12 +52,22 @@ class VambaCache(Cache):
             `"quantized"`: in 8 bits, half the memory for an error of about a hundredth in what the cross-attention
             reads. `"offloaded"`: in the host's memory, and copied to the device layer by layer, ahead of use, for
             every token that is generated. `"offloaded_quantized"`: both.
+        video_pruning_rate (`float`, *optional*, defaults to 0):
+            The share of each time step of a video, at least 0 and below 1, that is dropped between vision tower and
+            mixers: the tokens that changed least since the time step before. The first time step of a medium stays
+            whole, and so does every image.
+        max_video_tokens (`int`, *optional*):
+            The most tokens that are kept of each video; by default all. When a video is over it, an eighth becomes
+            free: its newest tokens stay, and of those that are older the ones that changed most. The mixers go on as
+            if nothing had been dropped.
 
     Attributes:
         is_video_offloaded (`bool`): Whether the videos are kept in the host's memory.
         videos (`list[list[VambaVideoLayer]]`): The videos, and of each its decoder layers.
         steps (`dict[int, VideoSteps]`):
             By index in `videos`: how many tokens each time step has and when it begins. Read it with `steps_of`.
+        changes (`dict[int, VideoChanges]`):
+            By index in `videos`: how much each token changed, of videos that are pruned or bounded.
         rows (`list[int | None]`, *optional*):
             Index in `videos` of the video that each row of the batch reads, `None` for a row without one. Unset until
             a batch of text has met the cache.
@@ -68,7 +81,12 @@ class VambaCache(Cache):
         config: PreTrainedConfig,
         text_cache: Cache | None = None,
         video_cache_implementation: str | None = None,
+        video_pruning_rate: float | None = None,
+        max_video_tokens: int | None = None,
     ):
+        self.video_pruning_rate = 0.0 if video_pruning_rate is None else video_pruning_rate
+        self.max_video_tokens = max_video_tokens
+        check_pruning(self.video_pruning_rate, max_video_tokens)
         self.video_cache_implementation = video_cache_implementation or "dynamic"
         self._video_layer_class, self.is_video_offloaded = resolve_implementation(self.video_cache_implementation)
         text_config = config.get_text_config(decoder=True)
@@ -84,6 +102,7 @@ class VambaCache(Cache):
         self.config = text_config
         self.videos: list[list[VambaVideoLayer]] = []
         self.steps: dict[int, VideoSteps] = {}
+        self.changes: dict[int, VideoChanges] = {}
         self.rows: list[int | None] | None = None
         self.is_read = False
         self.step_plan: Any = None  # of the generation that is running, see `generation.captured_step`
@@ -91,13 +110,11 @@ class VambaCache(Cache):
         self.text_ids: torch.Tensor | None = None
 
     @classmethod
-    def around(
-        cls, config: PreTrainedConfig, text_cache: Cache | None, video_cache_implementation: str | None = None
-    ) -> "VambaCache":
+    def around(cls, config: PreTrainedConfig, text_cache: Cache | None, **video_options) -> "VambaCache":
         """A cache that takes over the layers of a text cache; itself a [`StaticCache`] if that is one."""
         if isinstance(text_cache, StaticCache):
             cls = VambaStaticCache
-        return cls(config, text_cache, video_cache_implementation)
+        return cls(config, text_cache, **video_options)
 
     def __repr__(self):
         return f"{type(self).__name__}(layers={self.layers}, video_lengths={self.video_lengths}, rows={self.rows})"
@@ -106,6 +123,16 @@ class VambaCache(Cache):
     def video_lengths(self) -> list[int]:
         """The number of tokens of each video."""
         return [video[0].get_seq_length() for video in self.videos]
+
+    @property
+    def video_options(self) -> dict[str, str | float | int | None]:
+        """The arguments that say how videos are kept, by name."""
+        return {name: getattr(self, name) for name in VIDEO_OPTIONS}
+
+    @property
+    def follows_changes(self) -> bool:
+        """Whether tokens are dropped by how much they changed."""
+        return self.video_pruning_rate > 0 or self.max_video_tokens is not None
 
     @property
     def max_cache_len(self) -> int:
@@ -143,6 +170,20 @@ class VambaCache(Cache):
         )
         return len(self.videos) - 1
 
+    def reserve(self, video: int, num_tokens: int, tokens_per_step: int, steps_at_once: int) -> None:
+        """
+        Sizes the memory of a video, by index in `videos`, for `num_tokens` more from the vision tower, at
+        `tokens_per_step` per time step, of which at most `steps_at_once` come at a time.
+        """
+        num_left = num_kept(tokens_per_step, self.video_pruning_rate)
+        first_step = tokens_per_step - num_left  # which may stay whole
+        num_tokens = num_tokens * num_left // tokens_per_step + first_step
+        if self.max_video_tokens is not None:
+            most = self.max_video_tokens + steps_at_once * num_left + first_step
+            num_tokens = max(0, min(num_tokens, most - self.video_lengths[video]))
+        for layer in self.videos[video]:
+            layer.reserve(num_tokens)
+
     def steps_of(self, video: int) -> VideoSteps:
         """
         The time steps of a video. Tokens that came without a record, from a folder that was saved before there was one
@@ -152,20 +193,40 @@ class VambaCache(Cache):
         num_missing = self.video_lengths[video] - int(steps.num_tokens.sum())
         return steps.append(1, num_missing) if num_missing else steps
 
+    def changes_of(self, video: int) -> VideoChanges:
+        """How much the tokens of a video changed; nothing of one that is kept whole."""
+        return self.changes.get(video, VideoChanges())
+
     @contextmanager
     def keeping_videos(self) -> Iterator[None]:
         """A block of code that adds and extends videos: if it fails or is interrupted, they are as before."""
+        if self.max_video_tokens is not None:
+            # What is thinned out cannot be put back: it is held for as long as the block runs.
+            forks = [[layer.fork() for layer in video] for video in self.videos]
         held = [[(layer.get_seq_length(), layer.mixer_state) for layer in video] for video in self.videos]
-        held_steps = dict(self.steps)
+        held_records = dict(self.steps), dict(self.changes)
         try:
             yield
         except BaseException:
             del self.videos[len(held) :]
-            self.steps = held_steps
+            self.steps, self.changes = held_records
+            if self.max_video_tokens is not None:
+                self.videos[:] = forks
+                raise
             for video, states in zip(self.videos, held):
                 for layer, state in zip(video, states):
                     layer.crop(*state)
             raise
+
+    def thin_out(self, video: int) -> None:
+        """Drops tokens of a video, by index in `videos`, that is over `max_video_tokens`."""
+        if self.max_video_tokens is None or self.video_lengths[video] <= self.max_video_tokens:
+            return
+        indices = self.changes[video].choose(self.max_video_tokens)
+        self.steps[video] = self.steps_of(video).select(indices)
+        self.changes[video] = self.changes[video].select(indices)
+        for layer in self.videos[video]:
+            layer.select(indices)
 
     def read_videos(self, layer_idx: int, rows: list[int | None]) -> list[tuple[VideoStates, VideoStates] | None]:
         """
@@ -207,13 +268,16 @@ class VambaCache(Cache):
             for tensor in layer.state_dict().values():
                 torch._dynamo.mark_static_address(tensor, guard=False)
 
-    def check_video_cache_implementation(self, asked: str | None) -> None:
-        """Raises a `ValueError` unless the videos are kept in the way that is asked for, if one is."""
-        if asked is not None and asked != self.video_cache_implementation:
+    def check_video_options(self, **asked) -> None:
+        """Raises a `ValueError` unless videos are kept as these options ask for, as far as they do."""
+        wrong = {name: value for name, value in asked.items() if value not in (None, getattr(self, name))}
+        if wrong:
+            given = ", ".join(f"`{name}` is {value!r}" for name, value in wrong.items())
+            has = ", ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
+            new = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
             raise ValueError(
-                f"`video_cache_implementation` is {asked!r}, but the cache that was given keeps its videos "
-                f"{self.video_cache_implementation!r}. Leave the argument out, or encode the videos into a cache of "
-                f"their own: `model.encode_video(..., video_cache_implementation={asked!r})`."
+                f"{given}, but the cache that was given keeps its videos with {has}. Leave the argument out, or "
+                f"encode the videos into a cache of their own: `model.encode_video(..., {new})`."
             )
 
     def check_fits(self, config: PreTrainedConfig) -> None:
@@ -234,8 +298,9 @@ class VambaCache(Cache):
         Args:
             save_directory (`str` or `os.PathLike`): The folder, created if it is missing.
         """
-        steps = [self.steps_of(video) for video in range(len(self.videos))]
-        videos = SavedVideos(self.videos, steps, self.rows, self.video_cache_implementation)
+        indices = range(len(self.videos))
+        steps, changes = [self.steps_of(video) for video in indices], [self.changes_of(video) for video in indices]
+        videos = SavedVideos(self.videos, steps, changes, self.rows, self.video_options)
         save_videos(save_directory, self.config, videos)
 
     @classmethod
@@ -260,8 +325,9 @@ class VambaCache(Cache):
             `ValueError`: for files that are damaged, of different saves, or do not hold the same videos.
         """
         config, saved = load_videos(save_directory, torch.device(device), video_cache_implementation)
-        cache = cls(config, video_cache_implementation=saved.implementation)
-        cache.videos, cache.steps, cache.rows = saved.videos, dict(enumerate(saved.steps)), saved.rows
+        cache = cls(config, **saved.options)
+        cache.videos, cache.rows = saved.videos, saved.rows
+        cache.steps, cache.changes = dict(enumerate(saved.steps)), dict(enumerate(saved.changes))
         return cache
 
     def fork(self) -> "VambaCache":
@@ -273,7 +339,7 @@ class VambaCache(Cache):
         # A dynamic layer never writes into a tensor that it holds; a static one does.
         fork.layers = [copy.deepcopy(layer) if layer.is_compileable else copy.copy(layer) for layer in self.layers]
         fork.videos = [[layer.fork() for layer in video] for video in self.videos]
-        fork.steps = dict(self.steps)
+        fork.steps, fork.changes = dict(self.steps), dict(self.changes)
         fork.rows = None if self.rows is None else list(self.rows)
         fork.step_plan = None
         return fork
@@ -293,12 +359,13 @@ class VambaCache(Cache):
                 layer.device = layer.keys.device
         for layer in itertools.chain(*self.videos):
             layer.to(torch.device(device))
+        self.changes = {video: changes.to(torch.device(device)) for video, changes in self.changes.items()}
         return self
 
     def reset(self) -> None:
         """Forgets the text and the videos."""
         super().reset()
-        self.videos, self.steps, self.rows, self.text_ids = [], {}, None, None
+        self.videos, self.steps, self.changes, self.rows, self.text_ids = [], {}, {}, None, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.step_plan is not None and self.step_plan.step is not None:

@@ -81,6 +81,10 @@ class VambaVideoLayer:
         self._storage.crop(num_tokens)
         self.mixer_state = mixer_state
 
+    def select(self, indices: torch.Tensor) -> None:
+        """Keeps some of the tokens, in memory of their own. The mixer goes on from the state that it had."""
+        self._storage.select(indices)
+
     def _check_kind(self, states: torch.Tensor) -> None:
         # The last of the tensors that are kept, values or their scales, has the dtype of what came.
         if self._storage.dtype not in (None, states.dtype):

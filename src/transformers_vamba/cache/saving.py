@@ -1,35 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Processed videos on disk: a `cache_config.json`, and one safetensors file per decoder layer and one of the
-time steps.
+Processed videos on disk: a `cache_config.json`, one safetensors file per decoder layer and one of the time steps. If
+the cache drops tokens, one more file says by what they are chosen.
 
 A folder may come from a stranger or be what an interrupted save left. So all that a cache relies on is checked, in the
 headers of the files, before anything is allocated: every file carries the id of the save that wrote it.
 """
 
 import json
+import math
 import os
 import uuid
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..configuration_vamba import VambaTextConfig
+from .changes import VideoChanges, check_pruning
 from .layers import VambaVideoLayer, resolve_implementation
 from .steps import UNKNOWN_TIME, VideoSteps
 
 
 CACHE_CONFIG_NAME = "cache_config.json"
 STEPS_NAME = "steps.safetensors"
+CHANGES_NAME = "changes.safetensors"
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "num_videos": int,
     "rows": (list, type(None)),
     "video_cache_implementation": str,
     "text_config": dict,
+}
+# Fields that folders of earlier versions lack, and what they mean there.
+LATER_FIELDS: dict[str, tuple[type | tuple[type, ...], Any]] = {
+    "video_pruning_rate": ((int, float), 0.0),
+    "max_video_tokens": ((int, type(None)), None),
+    "grid_sizes": (list, []),
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -41,14 +50,16 @@ class SavedVideos(NamedTuple):
     Args:
         videos (`list[list[VambaVideoLayer]]`): The videos, and of each its decoder layers.
         steps (`list[VideoSteps]`): The time steps of each video.
+        changes (`list[VideoChanges]`): What is known of the changes in each video.
         rows (`list[int | None]`, *optional*): The video that each row of the batch reads.
-        implementation (`str`): The cache's `video_cache_implementation`.
+        options (`dict`): The cache's `video_options`.
     """
 
     videos: list[list[VambaVideoLayer]]
     steps: list[VideoSteps]
+    changes: list[VideoChanges]
     rows: list[int | None] | None
-    implementation: str
+    options: dict
 
 
 class Header(NamedTuple):
@@ -77,7 +88,8 @@ def save_videos(save_directory: str | os.PathLike, config: VambaTextConfig, vide
         "cache_id": cache_id,
         "num_videos": len(videos.videos),
         "rows": None if videos.rows is not None and set(videos.rows) == {0} else videos.rows,
-        "video_cache_implementation": videos.implementation,
+        **videos.options,
+        "grid_sizes": [changes.size for changes in videos.changes],
         "text_config": config.to_dict(),
     }
     # What is there already may be what this cache reads, and stays whole until the last file is written.
@@ -96,11 +108,19 @@ def save_videos(save_directory: str | os.PathLike, config: VambaTextConfig, vide
                 for name, each in vars(steps).items()
             }
             save_file(steps, Path(new_folder) / STEPS_NAME, metadata={"cache_id": cache_id})
+        changes = {
+            f"{video}.{name}": tensor.contiguous()
+            for video, changes in enumerate(videos.changes)
+            for name, tensor in changes.state_dict().items()
+        }
+        if changes:
+            save_file(changes, Path(new_folder) / CHANGES_NAME, metadata={"cache_id": cache_id})
         (Path(new_folder) / CACHE_CONFIG_NAME).write_text(json.dumps(content, indent=2, default=str) + "\n")
         written = {path.name for path in Path(new_folder).iterdir()}
         for name in sorted(written):
             (Path(new_folder) / name).replace(folder / name)
-    for path in [*folder.glob("layer-*.safetensors"), folder / STEPS_NAME]:  # of a deeper model, or of videos
+    # Of a deeper model, or of other videos.
+    for path in [*folder.glob("layer-*.safetensors"), folder / STEPS_NAME, folder / CHANGES_NAME]:
         if path.name not in written:
             path.unlink(missing_ok=True)
 
@@ -128,8 +148,12 @@ def load_videos(
             layer = saved_class(offloading)
             layer.load_state_dict(states, device)
             layers.append(layer if saved_class is layer_class else layer_class.convert(layer, offloading))
-    steps = load_steps(folder / STEPS_NAME, content.get("cache_id"), [video[0].get_seq_length() for video in videos])
-    return config, SavedVideos(videos, steps, content["rows"], implementation)
+    lengths = [layers[0].get_seq_length() for layers in videos]
+    steps = load_steps(folder / STEPS_NAME, content.get("cache_id"), lengths)
+    changes = load_changes(folder / CHANGES_NAME, content, config, lengths, device)
+    options = {name: content[name] for name in ("video_pruning_rate", "max_video_tokens")}
+    options["video_cache_implementation"] = implementation
+    return config, SavedVideos(videos, steps, changes, content["rows"], options)
 
 
 def load_steps(path: Path, cache_id: str | None, lengths: list[int]) -> list[VideoSteps]:
@@ -152,6 +176,39 @@ def load_steps(path: Path, cache_id: str | None, lengths: list[int]) -> list[Vid
     return steps
 
 
+def load_changes(
+    path: Path, content: dict, config: VambaTextConfig, lengths: list[int], device: torch.device
+) -> list[VideoChanges]:
+    """The changes in videos of these lengths; none of a cache that dropped no tokens."""
+    if not lengths or not (content["video_pruning_rate"] or content["max_video_tokens"]):
+        return []
+    check_changes(path, content, config, lengths)
+    tensors = load_file(path, device=str(device))
+    return [
+        VideoChanges(tensors[f"{video}.last_step"], tuple(size), tensors[f"{video}.importance"])
+        for video, size in enumerate(content["grid_sizes"])
+    ]
+
+
+def check_changes(path: Path, content: dict, config: VambaTextConfig, lengths: list[int]) -> None:
+    """Raises a `ValueError` unless the file says of every token of videos of these lengths how much it changed."""
+    sizes = content["grid_sizes"]
+    if len(sizes) != len(lengths):
+        raise damaged(path.with_name(CACHE_CONFIG_NAME), f"has {len(sizes)} grid_sizes for {len(lengths)} videos")
+    headers = read_headers(path, content.get("cache_id"))
+    for video, (size, num_tokens) in enumerate(zip(sizes, lengths)):
+        missing = Header("no dtype", ())
+        last_step, importance = (headers.get(f"{video}.{name}", missing) for name in ("last_step", "importance"))
+        if importance != Header("F32", (num_tokens,)):
+            raise damaged(path, f"has importance {importance} for the {num_tokens} tokens of video {video}")
+        # The vision tower merges squares of patches.
+        places = last_step.shape[0] if last_step.shape[1:] == (config.hidden_size,) else 0
+        if not places or last_step.dtype not in FLOATS or size is None or math.prod(size) % places:
+            raise damaged(path, f"has the last step {last_step} of grid {size} for video {video}")
+    if len(headers) != 2 * len(lengths):
+        raise damaged(path, f"holds {len(headers)} tensors for {len(lengths)} videos")
+
+
 def read_cache_config(path: Path) -> dict:
     """The content of a `cache_config.json`, each field of its type; else a `ValueError`."""
     try:
@@ -165,13 +222,21 @@ def read_cache_config(path: Path) -> dict:
     for name, kind in FIELDS.items():
         if not isinstance(content[name], kind) or isinstance(content[name], bool):
             raise damaged(path, f"has a {name} of type {type(content[name]).__name__}")
+    for name, (kind, default) in LATER_FIELDS.items():
+        if not isinstance(content.setdefault(name, default), kind) or isinstance(content[name], bool):
+            raise damaged(path, f"has a {name} of type {type(content[name]).__name__}")
     num_videos, rows = content["num_videos"], content["rows"]
     if num_videos < 0:
         raise damaged(path, f"says {num_videos} videos")
     for row in rows or []:
         if row is not None and (type(row) is not int or not 0 <= row < num_videos):
             raise damaged(path, f"has a row that reads video {row!r} of {num_videos}")
+    for size in content["grid_sizes"]:
+        is_pair = isinstance(size, list) and len(size) == 2
+        if size is not None and not (is_pair and all(type(edge) is int and edge > 0 for edge in size)):
+            raise damaged(path, f"has a grid size {size!r}")
     try:
+        check_pruning(content["video_pruning_rate"], content["max_video_tokens"])
         resolve_implementation(content["video_cache_implementation"])
     except ValueError as error:
         raise damaged(path, f"is of another version ({error})") from error

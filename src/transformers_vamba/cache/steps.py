@@ -20,8 +20,8 @@ class VideoSteps:
     image. Nothing is changed in place: appending gives a new record.
 
     Args:
-        num_tokens (`torch.LongTensor` of shape `(num_steps,)`): Tokens of each step, on the CPU.
-        timestamps_ms (`torch.LongTensor` of shape `(num_steps,)`):
+        num_tokens (`torch.Tensor` of shape `(num_steps,)`): Tokens of each step, on the CPU.
+        timestamps_ms (`torch.Tensor` of shape `(num_steps,)`):
             When each step begins, in milliseconds after the first frame; -1 if that is not known. They start anew with
             each video of a conversation.
     """
@@ -29,14 +29,25 @@ class VideoSteps:
     num_tokens: torch.Tensor = field(default_factory=_empty)
     timestamps_ms: torch.Tensor = field(default_factory=_empty)
 
-    def append(self, num_steps: int, tokens_per_step: int, timestamps_ms: torch.Tensor | None = None) -> "VideoSteps":
-        """The record with further steps of as many tokens each. Without `timestamps_ms` their times are not known."""
+    def append(
+        self, num_steps: int, tokens_per_step: int | torch.Tensor, timestamps_ms: torch.Tensor | None = None
+    ) -> "VideoSteps":
+        """
+        The record with further steps, of as many tokens each, or as `tokens_per_step` says of shape `(num_steps,)`.
+        Without `timestamps_ms` their times are not known.
+        """
         if timestamps_ms is None:
             timestamps_ms = torch.full((num_steps,), UNKNOWN_TIME)
         return VideoSteps(
-            torch.cat([self.num_tokens, torch.full((num_steps,), tokens_per_step)]),
+            torch.cat([self.num_tokens, torch.zeros(num_steps, dtype=torch.long) + tokens_per_step]),
             torch.cat([self.timestamps_ms, timestamps_ms.to("cpu", torch.long)]),
         )
+
+    def select(self, indices: torch.Tensor) -> "VideoSteps":
+        """The record with some of the tokens, and with the steps that have any left."""
+        steps = torch.arange(len(self.num_tokens)).repeat_interleave(self.num_tokens)
+        num_tokens = steps[indices.cpu()].bincount(minlength=len(self.num_tokens))
+        return VideoSteps(num_tokens[num_tokens > 0], self.timestamps_ms[num_tokens > 0])
 
     @property
     def seconds(self) -> torch.Tensor:

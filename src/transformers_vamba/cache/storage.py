@@ -2,6 +2,7 @@
 """Append-only tensors, grown along the token axis: on their device, or in the host's memory."""
 
 import functools
+import itertools
 
 import torch
 
@@ -71,6 +72,18 @@ class DeviceStorage:
         """Drops all but the first tokens."""
         self._states = tuple(states[:, :, :num_tokens] for states in self._states)
 
+    def select(self, indices: torch.Tensor) -> None:
+        """Keeps some of the tokens, in memory of their own: forks keep what they have."""
+        indices, num_tokens = indices.to(self.device), len(indices)
+        if not self._memory:
+            self._states = tuple(states.index_select(2, indices) for states in self._states)
+            return
+        for i, memory in enumerate(self._memory):
+            with torch.inference_mode(False):  # or it could be written in inference mode alone
+                self._memory[i] = torch.empty_like(memory)
+            kept = self._memory[i][:, :, :num_tokens].copy_(self._states[i].index_select(2, indices))
+            self._states = (*self._states[:i], kept, *self._states[i + 1 :])
+
     def read(self) -> tuple[torch.Tensor, ...]:
         """All tokens of each tensor, as they lie."""
         return self._states
@@ -137,8 +150,11 @@ class HostStorage:
     def append(self, states: tuple[torch.Tensor, ...]) -> None:
         """Writes `(1, num_heads, num_new_tokens, size)` of each tensor after what is there."""
         self.device = self.device or states[0].device
+        self._write(tuple(new[0].transpose(0, 1).contiguous() for new in states))
+
+    def _write(self, states: tuple[torch.Tensor, ...]) -> None:
+        """Appends `(num_new_tokens, num_heads, size)` of each tensor."""
         self._fetched = None
-        states = tuple(new[0].transpose(0, 1).contiguous() for new in states)
         start, num_new_tokens = 0, len(states[0])
         while start < num_new_tokens:
             filled = self.num_tokens % self.tokens_per_block
@@ -159,6 +175,15 @@ class HostStorage:
         self._fetched = None
         self.num_tokens = num_tokens
         del self._blocks[-(-num_tokens // self.tokens_per_block) :]
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Keeps some of the tokens, in blocks of their own: forks keep what they have."""
+        self._wait()
+        indices, blocks = indices.cpu(), self._blocks
+        self._blocks, self.num_tokens, self._shares_last_block = [], 0, False
+        for start, block in zip(itertools.count(step=self.tokens_per_block), blocks):
+            kept = indices[(start <= indices) & (indices < start + self.tokens_per_block)] - start
+            self._write(tuple(memory[kept] for memory in block))
 
     def _new_block(self, states: torch.Tensor) -> torch.Tensor:
         shape = (self.tokens_per_block, *states.shape[1:])

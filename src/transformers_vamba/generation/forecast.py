@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many tokens a video has, and how much memory it takes to ask about it, before anything is loaded or run."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import requires_backends
 from transformers.video_utils import VideoMetadata
 
+from ..cache.changes import check_pruning, num_kept, num_left
 from ..cache.layers import VambaQuantizedVideoLayer, resolve_implementation
 from ..configuration_vamba import VambaConfig, VambaTextConfig
 from ..inputs.media import count_patch_values
@@ -33,7 +33,7 @@ class VambaForecast:
     Args:
         num_frames (`int`): Frames that are sampled.
         video_grid_thw (`tuple[int, int, int]`): The grid of the video, in patches.
-        num_video_tokens (`int`): Tokens of the video.
+        num_video_tokens (`int`): Tokens of the video, of those that are kept.
         weights (`int`): The model.
         video_cache (`int`): Keys and values of the video, wherever they are kept.
         host_memory (`int`): The part of them that is kept in the host's memory.
@@ -81,6 +81,8 @@ def forecast_memory(
     fps: float | None = None,
     segment_frames: int = 64,
     video_cache_implementation: str | None = None,
+    video_pruning_rate: float = 0.0,
+    max_video_tokens: int | None = None,
     dtype: torch.dtype | None = None,
     weight_bits: int | None = None,
     batch_size: int = 1,
@@ -103,7 +105,8 @@ def forecast_memory(
         num_frames (`int`, *optional*), fps (`float`, *optional*):
             How many frames to sample, or how many per second. By default as the video processor is set.
         segment_frames (`int`, *optional*, defaults to 64): Frames that are encoded at a time.
-        video_cache_implementation (`str`, *optional*): How the video is kept, see [`VambaCache`].
+        video_cache_implementation (`str`, *optional*), video_pruning_rate (`float`, *optional*), max_video_tokens \
+        (`int`, *optional*): How the video is kept, and how much of it, see [`VambaCache`].
         dtype (`torch.dtype`, *optional*):
             Of weights and activations. By default the model's, or that of the configuration, or bfloat16.
         weight_bits (`int`, *optional*):
@@ -122,6 +125,7 @@ def forecast_memory(
     if not isinstance(model, (VambaConfig, VambaForConditionalGeneration)):
         raise TypeError(f"`model` must be a VambaConfig or a Vamba model, got {type(model).__name__}.")
     layer_class, offloading = resolve_implementation(video_cache_implementation or "dynamic")
+    check_pruning(video_pruning_rate, max_video_tokens)
     if weight_bits not in (None, 4, 8):
         raise ValueError(f"`weight_bits` must be 4 or 8, got {weight_bits!r}.")
     for name, value in (("segment_frames", segment_frames), ("batch_size", batch_size)):
@@ -132,14 +136,19 @@ def forecast_memory(
     sampling = {name: value for name, value in (("num_frames", num_frames), ("fps", fps)) if value is not None}
     num_frames, grid = measure_video(getattr(processor, "video_processor", processor), video, sampling | videos_kwargs)
 
-    num_tokens = math.prod(grid) // config.vision_config.spatial_merge_size**2
+    kept = kept_by_segments(config, grid, segment_frames, video_pruning_rate)
+    num_tokens, allocated, is_thinned = tokens_held(kept, max_video_tokens)
     text_config = config.text_config
     is_quantized = issubclass(layer_class, VambaQuantizedVideoLayer)
     video_layer = num_tokens * cache_bytes_per_token(text_config, dtype, is_quantized)
     video_cache = text_config.num_hidden_layers * video_layer
     text_layer = batch_size * (num_text_tokens + max_new_tokens) * cache_bytes_per_token(text_config, dtype, False)
     text_cache = text_config.num_hidden_layers * text_layer
-    cache_on_device = (0 if offloading else video_cache) + mixer_state_bytes(text_config, dtype)
+    cache_on_device = 0 if offloading else video_cache * allocated // num_tokens
+    thinning = 2 * cache_on_device if is_thinned else 0  # what there was before is held until it is done
+    cache_on_device += mixer_state_bytes(text_config, dtype)
+    encoding = encoding_bytes(config, dtype, grid, segment_frames, cache_on_device, max(kept))
+    encoding = max(encoding, thinning + mixer_state_bytes(text_config, dtype))
 
     answering = cache_on_device + text_cache
     answering += batch_size * num_text_tokens * text_bytes_per_token(text_config, dtype)
@@ -156,21 +165,63 @@ def forecast_memory(
         video_cache=video_cache,
         host_memory=video_cache if offloading else 0,
         text_cache=text_cache,
-        encoding=encoding_bytes(config, dtype, grid, segment_frames, cache_on_device) + LIBRARY_WORKSPACE,
+        encoding=encoding + LIBRARY_WORKSPACE,
         answering=answering + LIBRARY_WORKSPACE,
     )
 
 
-def encoding_bytes(
-    config: VambaConfig, dtype: torch.dtype, grid: tuple[int, int, int], segment_frames: int, cache_on_device: int
-) -> int:
-    """The most that cache and activations take together while a video of this grid is encoded by segments."""
+def kept_by_segments(
+    config: VambaConfig, grid: tuple[int, int, int], segment_frames: int, video_pruning_rate: float
+) -> list[int]:
+    """How many tokens of each segment of a video of this grid pass from the vision tower to the mixers."""
     num_steps, height, width = grid
-    steps_at_once = min(num_steps, max(1, segment_frames // config.vision_config.temporal_patch_size))
+    tokens_per_step = height * width // config.vision_config.spatial_merge_size**2
+    steps_at_once = count_steps(config, segment_frames)
+    kept = [
+        min(steps_at_once, num_steps - start) * num_kept(tokens_per_step, video_pruning_rate)
+        for start in range(0, num_steps, steps_at_once)
+    ]
+    kept[0] += tokens_per_step - num_kept(tokens_per_step, video_pruning_rate)
+    return kept
+
+
+def tokens_held(kept: list[int], max_video_tokens: int | None) -> tuple[int, int, bool]:
+    """
+    Of the tokens of each segment: how many a cache with this budget holds in the end, for how many it has memory, and
+    whether it is ever thinned out.
+    """
+    if max_video_tokens is None or sum(kept) <= max_video_tokens:
+        return sum(kept), sum(kept), False
+    num_tokens = 0
+    for new in kept:
+        num_tokens += new
+        if num_tokens > max_video_tokens:
+            num_tokens = num_left(max_video_tokens)
+    return num_tokens, min(sum(kept), max_video_tokens + max(kept)), True
+
+
+def count_steps(config: VambaConfig, segment_frames: int) -> int:
+    """The time steps of a segment."""
+    return max(1, segment_frames // config.vision_config.temporal_patch_size)
+
+
+def encoding_bytes(
+    config: VambaConfig,
+    dtype: torch.dtype,
+    grid: tuple[int, int, int],
+    segment_frames: int,
+    cache_on_device: int,
+    num_mixed_tokens: int,
+) -> int:
+    """
+    The most that cache and activations take together while a video of this grid is encoded by segments, of which at
+    most `num_mixed_tokens` pass through the mixers at once.
+    """
+    num_steps, height, width = grid
+    steps_at_once = min(num_steps, count_steps(config, segment_frames))
     num_patches = steps_at_once * height * width
     seeing = num_patches * vision_bytes_per_patch(config, dtype)
-    num_tokens = num_patches // config.vision_config.spatial_merge_size**2
-    mixing = num_tokens * mixer_bytes_per_token(config.text_config, dtype)
+    mixing = num_mixed_tokens * mixer_bytes_per_token(config.text_config, dtype)
     # The first segment passes through the vision tower before there is a cache.
     cache_while_seeing = cache_on_device if steps_at_once < num_steps else 0
     return max(cache_while_seeing + seeing, cache_on_device + mixing)

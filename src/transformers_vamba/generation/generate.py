@@ -12,7 +12,7 @@ from torch import nn
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
-from ..cache.cache import VambaCache
+from ..cache.cache import VIDEO_OPTIONS, VambaCache
 from ..compat import CACHE_NAME, NEWEST_TESTED, OLDEST_TESTED, rename_cache, takes_cache
 from ..inputs.checks import check_prompt_goes_on, check_prompt_repeats, check_tensor, check_text
 from ..inputs.media import Medium, drop_grids_without_pixels, group_media_by_row, pop_media
@@ -108,7 +108,8 @@ class VambaGenerationMixin(GenerationMixin):
         return input_ids, model_kwargs | media
 
     def _validate_model_kwargs(self, model_kwargs):
-        model_kwargs.pop("video_cache_implementation", None)  # for the cache, not for `forward`
+        for name in VIDEO_OPTIONS:  # for the cache, not for `forward`
+            model_kwargs.pop(name, None)
         super()._validate_model_kwargs(model_kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
@@ -124,12 +125,12 @@ class VambaGenerationMixin(GenerationMixin):
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         encoded = model_kwargs.get(CACHE_NAME)
-        implementation = model_kwargs.pop("video_cache_implementation", None)
+        video_options = {name: model_kwargs.pop(name, None) for name in VIDEO_OPTIONS}
         prompt_length = self._prompt_length(generation_config, model_kwargs)
         if isinstance(encoded, VambaCache):
             check_prompt_goes_on(encoded.get_seq_length(), prompt_length)
-            encoded.check_video_cache_implementation(implementation)
-            implementation = encoded.video_cache_implementation
+            encoded.check_video_options(**video_options)
+            video_options = encoded.video_options
             if encoded.get_seq_length() == 0 and generation_config.cache_implementation is not None:
                 # A cache with videos alone leaves open which kind of cache the text gets.
                 del model_kwargs[CACHE_NAME]
@@ -142,9 +143,10 @@ class VambaGenerationMixin(GenerationMixin):
         if cache is None and not any(media):
             return
         if not isinstance(cache, VambaCache):
-            cache = VambaCache.around(self.config, cache, implementation)
+            cache = VambaCache.around(self.config, cache, **video_options)
             if isinstance(encoded, VambaCache):
-                cache.videos, cache.steps, cache.rows = encoded.videos, encoded.steps, encoded.rows
+                cache.videos, cache.rows = encoded.videos, encoded.rows
+                cache.steps, cache.changes = encoded.steps, encoded.changes
         self.model.encode_media(media, cache)
         num_copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         cache.rows = [row for row in cache.rows or () for _ in range(num_copies)]
@@ -183,6 +185,8 @@ class VambaGenerationMixin(GenerationMixin):
         segment_frames: int = SEGMENT_FRAMES,
         num_remaining_tokens: int = 0,
         video_cache_implementation: str | None = None,
+        video_pruning_rate: float | None = None,
+        max_video_tokens: int | None = None,
     ) -> VambaCache:
         r"""
         Encodes videos without any text, or appends to videos encoded before (a live stream, or a long file in pieces).
@@ -208,6 +212,12 @@ class VambaGenerationMixin(GenerationMixin):
             video_cache_implementation (`str`, *optional*):
                 How a new cache keeps the video: `"dynamic"` (the default), `"quantized"` in 8 bits, `"offloaded"` to
                 the host's memory, or `"offloaded_quantized"`. See [`VambaCache`].
+            video_pruning_rate (`float`, *optional*):
+                The share of each time step that a new cache drops of the video, of what changed least since the one
+                before: 0 (the default) to below 1. A call that appends goes on from the time step before it if the
+                size is the same, so a file in pieces gives the same as the whole.
+            max_video_tokens (`int`, *optional*):
+                The most tokens that a new cache keeps of a video, however long it goes on. See [`VambaCache`].
 
         Returns:
             [`VambaCache`]: The given cache, or a new one. A call that fails or is interrupted leaves a given cache
@@ -222,10 +232,15 @@ class VambaGenerationMixin(GenerationMixin):
             raise ValueError(f"`segment_frames` must be an integer of at least 1, got {segment_frames!r}.")
         if cache is not None and not isinstance(cache, VambaCache):
             raise TypeError(f"`cache` must be a VambaCache, got {type(cache).__name__}.")
+        video_options: dict[str, Any] = {
+            "video_cache_implementation": video_cache_implementation,
+            "video_pruning_rate": video_pruning_rate,
+            "max_video_tokens": max_video_tokens,
+        }
         if cache is None:
-            cache = VambaCache(self.config, video_cache_implementation=video_cache_implementation)
+            cache = VambaCache(self.config, **video_options)
         else:
-            cache.check_video_cache_implementation(video_cache_implementation)
+            cache.check_video_options(**video_options)
         rows_read = cache.rows
         num_rows = max(1, len(cache.videos))
         if video_sample_ids is not None:
@@ -239,6 +254,7 @@ class VambaGenerationMixin(GenerationMixin):
             video_sample_ids=video_sample_ids,
             video_timestamps_ms=video_timestamps_ms,
         )
+        media = [[each._replace(goes_on=True) for each in row[:1]] + row[1:] for row in media]
         self.model.encode_media(media, cache, segment_frames, num_remaining_tokens)
         if rows_read is None and cache.rows == list(range(len(cache.videos))):
             cache.rows = None  # no text has been read yet: any number of rows may come to read the video

@@ -19,11 +19,13 @@ class Medium(NamedTuple):
         pixel_values (`torch.Tensor` of shape `(t * h * w, channels * temporal_patch_size * patch_size**2)`): Patches.
         grid (`tuple[int, int, int]`): `(t, h, w)`, in patches.
         timestamps_ms (`torch.LongTensor` of shape `(t,)`, *optional*): When each step of time begins, if it is known.
+        goes_on (`bool`, *optional*, defaults to `False`): Whether it is a part of a video that has begun before.
     """
 
     pixel_values: torch.Tensor
     grid: tuple[int, int, int]
     timestamps_ms: torch.Tensor | None = None
+    goes_on: bool = False
 
 
 # The inputs of `forward` that describe images and videos.
@@ -253,12 +255,13 @@ def split_into_segments(media: list[Medium], max_steps: int) -> Iterator[list[Me
     """
     segment: list[Medium] = []
     room = max_steps
-    for pixel_values, (t, h, w), timestamps_ms in media:
+    for pixel_values, (t, h, w), timestamps_ms, goes_on in media:
         start = 0
         while start < t:
             steps = min(t - start, room)
             times = None if timestamps_ms is None else timestamps_ms[start : start + steps]
-            segment.append(Medium(pixel_values[start * h * w : (start + steps) * h * w], (steps, h, w), times))
+            pixels = pixel_values[start * h * w : (start + steps) * h * w]
+            segment.append(Medium(pixels, (steps, h, w), times, goes_on or start > 0))
             start += steps
             room -= steps
             if room == 0:
