@@ -294,21 +294,12 @@ class VambaModel(VambaPreTrainedModel):
         """
         cache.check_fits(self.config.text_config)
         rows = list(cache.resolve_rows(len(media)))
-        vision_config = self.config.vision_config
-        max_steps = max(1, segment_frames // vision_config.temporal_patch_size)
+        max_steps = max(1, segment_frames // self.config.vision_config.temporal_patch_size)
         with cache.keeping_videos():
             for row, row_media in enumerate(media):
-                if not row_media:
-                    continue
-                index = rows[row]
-                if index is None:
-                    index = rows[row] = cache.add_video()
-                elif rows.count(index) > 1:
-                    raise ValueError(
-                        f"Row {row} brings images or videos, but shares its video in the cache with other rows. "
-                        "Append to a shared video with `encode_video`, before the batch of questions."
-                    )
-                self._append_media(row_media, cache, index, max_steps, num_remaining_tokens)
+                if row_media:
+                    rows[row] = video = cache.video_to_append_to(rows, row)
+                    self._append_media(row_media, cache, video, max_steps, num_remaining_tokens)
         cache.rows = rows
 
     def _append_media(
@@ -324,9 +315,8 @@ class VambaModel(VambaPreTrainedModel):
             steps, embeds = cache.steps_of(video), self.embed_media(segment)
             tokens_per_step = [math.prod(each.grid[1:]) // merge_size**2 for each in segment]
             if cache.follows_changes:
-                embeds, tokens_per_step, cache.changes[video] = cache.changes_of(video).prune(
-                    embeds, segment, cache.video_pruning_rate
-                )
+                changes, rate = cache.changes_of(video), cache.video_pruning_rate
+                embeds, tokens_per_step, cache.changes[video] = changes.prune(embeds, segment, rate)
             self.language_model.encode_video(embeds, cache.videos[video])
             for each, num_tokens in zip(segment, tokens_per_step):
                 steps = steps.append(each.grid[0], num_tokens, each.timestamps_ms)

@@ -184,6 +184,18 @@ class VambaCache(Cache):
         for layer in self.videos[video]:
             layer.reserve(num_tokens)
 
+    def video_to_append_to(self, rows: list[int | None], row: int) -> int:
+        """The index of the video of a row, if need be a new one. Raises a `ValueError` if other rows read it too."""
+        video = rows[row]
+        if video is None:
+            return self.add_video()
+        if rows.count(video) > 1:
+            raise ValueError(
+                f"Row {row} brings images or videos, but shares its video in the cache with other rows. "
+                "Append to a shared video with `encode_video`, before the batch of questions."
+            )
+        return video
+
     def steps_of(self, video: int) -> VideoSteps:
         """
         The time steps of a video. Tokens that came without a record, from a folder that was saved before there was one
