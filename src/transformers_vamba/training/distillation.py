@@ -145,8 +145,9 @@ def qwen2_vl_samples(inputs, kept: torch.Tensor, config) -> Iterator[dict[str, t
         for mark, ((pixels_name, grid_name), media_of_samples) in media.items():
             if not media_of_samples[i]:
                 continue
-            pixels, grids, _ = zip(*media_of_samples[i])
-            sample |= {pixels_name: torch.cat(pixels), grid_name: torch.tensor(grids, device=marks.device)}
+            media_of_sample = media_of_samples[i]
+            sample[pixels_name] = torch.cat([each.pixel_values for each in media_of_sample])
+            sample[grid_name] = torch.tensor([each.grid for each in media_of_sample], device=marks.device)
             tokens_after[marks == mark] = sample[grid_name].prod(1) // config.vision_config.spatial_merge_size**2
         # The student's tokens, and after each as many copies of it; then the copies become placeholders.
         positions = torch.arange(len(marks), device=marks.device).repeat_interleave(1 + tokens_after)
