@@ -216,6 +216,14 @@ def test_limits_of_downloads(processor, server, name, limits, message):
     assert "source_limits" not in processor.video_processor.to_dict()
 
 
+def test_size_of_a_file(processor, write_video):
+    processor.video_processor.source_limits = SourceLimits(max_bytes=1000)
+    path = write_video()
+    for read in (lambda: processor(videos=[path]), lambda: next(processor.iter_video_segments(path))):
+        with pytest.raises(ValueError, match=r"larger than 1,000 bytes, the limit \(`max_bytes`\)"):
+            read()
+
+
 @pytest.mark.parametrize("scheme", ("http", "https"))
 def test_a_private_address_is_not_even_connected_to(processor, scheme):
     """Nor is the address told, which would show the network behind this machine."""
@@ -234,7 +242,7 @@ def test_public_addresses():
     for address in ("8.8.8.8", "2606:4700::1111", "64:ff9b::8.8.8.8", "::ffff:8.8.8.8"):
         assert is_public(address), address
     private = ["127.0.0.1", "10.1.2.3", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "255.255.255.255"]
-    private += ["::1", "::", "fe80::1%eth0", "fd00::1", "ff02::1", "2002:a00:1::", "64:ff9b:1::1"]
+    private += ["::1", "::", "::127.0.0.1", "fe80::1%eth0", "fd00::1", "ff02::1", "2002:a00:1::", "64:ff9b:1::1"]
     private += [f"{prefix}{ip}" for prefix in ("::ffff:", "64:ff9b::") for ip in ("127.0.0.1", "10.1.2.3")]
     for address in private:
         assert not is_public(address), address

@@ -20,8 +20,9 @@ ATTEMPTS = 3
 FIRST_PAUSE = 0.5  # seconds before the second attempt; twice as long before each further one
 TEMPORARY_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 DEFAULT_PORTS = {"http": 80, "https": 443}
-# IPv6 addresses that stand for IPv4 ones, by a rule (RFC 6052) and by one of the network's own (RFC 8215).
-NAT64, LOCAL_NAT64 = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48")
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that stand for IPv4 ones (RFC 6052)
+# The same by rules of a network's own (RFC 8215), and in a form that is no longer used (RFC 4291).
+NEVER_PUBLIC = (ipaddress.ip_network("64:ff9b:1::/48"), ipaddress.ip_network("::/96"))
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class SourceLimits:
     `video_processor.source_limits`.
 
     Args:
-        max_bytes (`int`): Greatest size of a download, a pipe or a `data:` URL.
+        max_bytes (`int`): Greatest size of a file, a download, a pipe or a `data:` URL.
         max_seconds (`float`): Longest time that a download or the reading of a pipe may take in all.
         timeout (`float`): Longest wait for a connection and for the next byte, in seconds.
         allow_local (`bool`): Whether paths and `file://` URLs may be opened.
@@ -70,7 +71,7 @@ def is_public(address: str) -> bool:
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo or (None, None))[1]
         if ip in NAT64:
             inner = ipaddress.IPv4Address(ip.packed[-4:])
-        if ip in LOCAL_NAT64:
+        if any(ip in network for network in NEVER_PUBLIC):
             return False
         ip = inner or ip
     return ip.is_global and not ip.is_multicast

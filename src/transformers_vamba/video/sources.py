@@ -276,6 +276,7 @@ def open_local(source: str, limits: SourceLimits, live: bool) -> Iterator[Binary
     check_exists(source)
     if file_kind(source) is not stat.S_ISFIFO:
         with open(local_path(source), "rb") as file:
+            Copied(limits).check_size(os.fstat(file.fileno()).st_size)
             yield file
         return
     pipe = NamedPipe(local_path(source), None if live else limits.timeout)
