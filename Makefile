@@ -2,7 +2,7 @@ PYTHON ?= python3
 OLDEST = .venv/transformers-5.17.0
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
-.PHONY: demo test test-gpu test-latest lint
+.PHONY: demo docs lint test test-gpu test-latest
 
 demo: .venv/.installed
 	.venv/bin/python examples/demo.py
@@ -14,6 +14,14 @@ test: .venv/.installed $(OLDEST)
 # On a machine with a GPU, with whatever is installed. What takes much of its memory runs one after another.
 test-gpu:
 	TRITON_CACHE_AUTOTUNING=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m gpu -n 10 --dist loadgroup
+
+docs: .venv-docs/.installed
+	.venv-docs/bin/mkdocs build --strict
+
+.venv-docs/.installed: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q -r docs/requirements.txt
+	touch $@
 
 # For maintainers, before a release: whatever is newest on PyPI, without constraints and without our own upper bounds.
 test-latest:

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README and documentation: their Python runs as it is printed, and their links lead somewhere."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from tiny_vamba import ROOT, TINY_CHECKPOINT
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?P<comment><!-- not run: .+ -->\n)?^```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!http|#)([^)#]+)")
+# What stands for what a test does not have: a large checkpoint, and a GPU.
+STAND_INS = {
+    '"TIGER-Lab/Vamba-Qwen2-VL-7B"': repr(str(TINY_CHECKPOINT)),
+    '"checkpoints/vamba-tiny"': repr(str(TINY_CHECKPOINT)),
+    '"cuda"': '"cpu"',
+    "max_steps=1,": "max_steps=1, use_cpu=True, bf16=False,",
+}
+
+
+def blocks(page) -> list[tuple[str, bool]]:
+    """The Python blocks of a page, and whether each can run in a test."""
+    return [(match["code"], match["comment"] is None) for match in BLOCK.finditer(page.read_text())]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_blocks_run(page, video_file, tmp_path):
+    """Those of a page one after another, in one fresh interpreter, beside a `movie.mp4`."""
+    (tmp_path / "movie.mp4").write_bytes(open(video_file, "rb").read())
+    code = ""
+    for block, can_run in blocks(page):
+        compile(block, str(page), "exec")
+        code += block if can_run else ""
+    for name, stand_in in STAND_INS.items():
+        code = code.replace(name, stand_in)
+    completed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in LINK.findall(page.read_text()):
+        assert (page.parent / link).exists(), link
