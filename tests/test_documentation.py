@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """README and documentation: their Python runs as it is printed, and their links lead somewhere."""
 
+import json
 import re
 import subprocess
 import sys
@@ -38,6 +39,16 @@ def test_blocks_run(page, video_file, tmp_path):
         code = code.replace(name, stand_in)
     completed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert completed.returncode == 0, completed.stderr[-3000:]
+
+
+def test_notebook():
+    """It prints what is saved in it."""
+    cells = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text())["cells"]
+    cells = [cell for cell in cells if cell["cell_type"] == "code"]
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    completed = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "docs", capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    assert completed.stdout == "".join(line for cell in cells for output in cell["outputs"] for line in output["text"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
