@@ -18,6 +18,7 @@ from transformers.video_utils import VideoMetadata, make_batched_metadata
 from .video.download import SourceLimits
 from .video.frames import ArrayFrames, Frames, is_of
 from .video.index import seconds_of_frames
+from .video.patches import allocate, patchify, whole_patches
 from .video.reading import (
     FileFrames,
     VideoWithOptions,
@@ -27,10 +28,8 @@ from .video.reading import (
     normalize_videos,
     open_frames,
 )
+from .video.sampling import SAMPLING, choose_middles, replace_sampling
 from .video.sources import errors_of
-
-
-SAMPLING = ("num_frames", "fps")
 
 
 class VambaVideoProcessorKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]  # a `TypedDict`
@@ -71,72 +70,9 @@ class VambaVideoProcessorKwargs(VideosKwargs, total=False):  # type: ignore[call
     return_video_timestamps: bool
 
 
-def whole_patches(num_frames: int, temporal_patch_size: int) -> int:
-    """Number of frames left when those that fill no temporal patch are dropped, unless there is no whole patch."""
-    return max(num_frames - num_frames % temporal_patch_size, min(num_frames, temporal_patch_size))
-
-
-def replace_sampling(options: dict) -> dict:
-    """`options` of one video, of which `num_frames` or `fps` replaces both, and asks for sampling."""
-    is_sampled = any(options.get(name) is not None for name in SAMPLING)
-    return {**dict.fromkeys(SAMPLING), "do_sample_frames": True, **options} if is_sampled else options
-
-
 def describe_frames(frames: Frames) -> str:
     metadata = frames.metadata
     return f"{metadata.total_num_frames} of {metadata.height}x{metadata.width}"
-
-
-def patchify(frames: torch.Tensor, patch_size: int, temporal_patch_size: int, merge_size: int) -> torch.Tensor:
-    """
-    Cuts frames into patches in Qwen2-VL's order, before they are turned to float: a quarter of the memory is moved.
-
-    Args:
-        frames (`torch.Tensor`):
-            Of shape (frames, channels, height, width). The last one is repeated to fill a temporal patch.
-
-    Returns:
-        `torch.Tensor`: of shape (patches, channels, temporal_patch_size * patch_size, patch_size).
-    """
-    if missing := -len(frames) % temporal_patch_size:
-        frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
-    frames = frames.unflatten(0, (-1, temporal_patch_size))
-    frames = frames.unflatten(-2, (-1, merge_size, patch_size)).unflatten(-1, (-1, merge_size, patch_size))
-    # time, frame in the patch, channels, then rows and columns of merged patches, of patches and of pixels
-    frames = frames.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return frames.reshape(-1, frames.shape[5], temporal_patch_size * patch_size, patch_size)
-
-
-def allocate(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """An empty tensor of this shape. Raises a `MemoryError` if there is no room for it."""
-    try:
-        return like.new_empty(shape)
-    except RuntimeError as error:
-        num_bytes = math.prod(shape) * like.element_size()
-        raise MemoryError(f"{num_bytes / 2**30:.1f} GiB for {'x'.join(map(str, shape))} values") from error
-
-
-def nearest_to_middles(times: np.ndarray, fps: float) -> np.ndarray:
-    """
-    The frames that are nearest to the middles of intervals of `1 / fps` seconds, each of them once.
-
-    Args:
-        times (`np.ndarray`): float64 of shape (frames,), ascending from 0, in seconds.
-    """
-    end = times[-1] + times[-1] / max(len(times) - 1, 1)
-    ends = (times + np.append(times[1:], end)) / 2  # up to here no other frame is nearer
-    num_passed = np.floor(ends * fps + 0.5)
-    return np.flatnonzero(np.diff(num_passed, prepend=0))
-
-
-def spread_in_time(times: np.ndarray, num_frames: int) -> np.ndarray:
-    """The frames that are nearest to the middles of `num_frames` equal intervals, no frame twice."""
-    end = times[-1] + times[-1] / max(len(times) - 1, 1)
-    middles = (np.arange(num_frames) + 0.5) * end / num_frames
-    nearest = np.searchsorted((times[1:] + times[:-1]) / 2, middles)
-    numbers = np.arange(num_frames)
-    ascending = np.maximum.accumulate(nearest - numbers) + numbers
-    return np.minimum(ascending, len(times) - num_frames + numbers)
 
 
 class VambaVideoProcessor(BaseVideoProcessor):
@@ -402,31 +338,12 @@ class VambaVideoProcessor(BaseVideoProcessor):
         if max_patches is not None:
             num_patches = self._count_patches_of_frame(metadata, temporal_patch_size, **kwargs)
             max_frames = min(max_frames or total, max(max_patches // max(num_patches, 1), 1))
-        indices, times = None, getattr(metadata, "frame_times", None)
-        if fps is not None:
-            if not metadata.fps:
-                raise ValueError(
-                    f"Sampling {fps} frames per second needs the frame rate of the video: pass `video_metadata` with "
-                    "its `fps`, or use `num_frames`."
-                )
-        if fps is not None and times is not None:
-            indices = nearest_to_middles(times, fps)
-            num_frames = max(len(indices), 1)
-        elif fps is not None:
-            step = max(metadata.fps / fps, 1)
-            # To the nearest frame; a tie to the one before, so that a rate equal to the video's takes every frame.
-            middles = (np.arange(int(np.ceil(total / step))) + 0.5) * step
-            indices = np.unique(np.ceil(middles - 0.5).astype(np.int64))
-            indices = indices[indices < total]
-            num_frames = max(len(indices), 1)
-        elif num_frames is None:
-            num_frames = total
-        bounded = int(min(max(num_frames, min_frames or 1), max_frames or total, total))
-        if (indices is None or bounded != len(indices)) and times is not None:
-            indices = spread_in_time(times, bounded)
-        elif indices is None or bounded != len(indices):
-            bounds = np.linspace(0, total, bounded + 1).astype(np.int64)
-            indices = (bounds[:-1] + bounds[1:] - 1) // 2
+        if fps is not None and not metadata.fps:
+            raise ValueError(
+                f"Sampling {fps} frames per second needs the frame rate of the video: pass `video_metadata` with its "
+                "`fps`, or use `num_frames`."
+            )
+        indices = choose_middles(metadata, num_frames, fps, min_frames or 1, max_frames or total)
         return indices[: whole_patches(len(indices), temporal_patch_size)]
 
     def _count_patches_of_frame(self, metadata, temporal_patch_size: int, patch_size: int | None = None, **kwargs):

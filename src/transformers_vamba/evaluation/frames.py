@@ -3,7 +3,8 @@
 
 import numpy as np
 
-from ..video_processing_vamba import VambaVideoProcessor, whole_patches
+from ..video.patches import whole_patches
+from ..video_processing_vamba import VambaVideoProcessor
 
 
 def middle_indices(num_frames: int, total: int) -> np.ndarray:

@@ -15,9 +15,10 @@ from ..configuration_vamba import VambaConfig, VambaTextConfig
 from ..inputs.media import count_patch_values
 from ..modeling_vamba import VambaForConditionalGeneration
 from ..ops.scan_kernels import CHUNK
+from ..video.patches import whole_patches
 from ..video.reading import check_video, normalize_video, open_frames
 from ..video.sources import describe_source, is_file
-from ..video_processing_vamba import VambaVideoProcessor, whole_patches
+from ..video_processing_vamba import VambaVideoProcessor
 
 
 # What a measured peak has above the tensors that are counted here: the workspace of cuBLAS and of the attention
