@@ -84,7 +84,7 @@ def plain_video(part: Mapping) -> dict:
 
 
 def find_source(part: Mapping, keys: tuple[str, ...]):
-    """The image or video of a part and its key, or `None` for one that is passed beside the messages."""
+    """The image or video of a part and its key, or `None` for one that is passed next to the messages."""
     found = [key for key in keys if part.get(key) is not None]
     if len(found) > 1:
         raise ValueError(f"A part of a message must have one of {', '.join(keys)}, got {' and '.join(found)}.")

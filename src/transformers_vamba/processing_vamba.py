@@ -65,7 +65,7 @@ class VambaProcessor(Qwen2VLProcessor):
 
     Vamba reads images and videos by cross-attention, so the placeholder of each, `<|image_pad|>` or `<|video_pad|>`,
     is taken out of the text and `<|vision_start|><|vision_end|>` remains. Which row and which place an image or a
-    video has is returned beside the text. Without a chat template of its own it takes the tokenizer's, or Qwen2-VL's.
+    video has is returned with the text. Without a chat template of its own it takes the tokenizer's, or Qwen2-VL's.
     """
 
     vision_start_token = "<|vision_start|>"
@@ -116,12 +116,12 @@ class VambaProcessor(Qwen2VLProcessor):
             - **mm_token_type_ids** -- int64 of shape (rows, tokens), unless `return_mm_token_type_ids=False`: 1 at the
               `<|vision_start|>` of each image, 2 at that of each video, 0 elsewhere. A row in which an image or a
               video has no `<|vision_start|><|vision_end|>` of its own is 0 everywhere.
-            - **pixel_values**, **image_grid_thw**, **pixel_values_videos**, **video_grid_thw** -- where there are
+            - **pixel_values**, **image_grid_thw**, **pixel_values_videos**, **video_grid_thw** -- if there are
               images or videos, as Qwen2-VL's.
             - **video_timestamps_ms** -- int64 of shape (temporal patches of all videos,), with
               `return_video_timestamps=True`: when each is shown, see [`VambaVideoProcessor.preprocess`].
             - **image_sample_ids**, **video_sample_ids** -- int64 of shape (images,) and (videos,): the row that each
-              belongs to, where `mm_token_type_ids` does not say it.
+              belongs to, if `mm_token_type_ids` does not say it.
 
         Raises:
             `ValueError`: when the images or videos do not match the placeholders, when truncation cut one off, or when
@@ -163,7 +163,7 @@ class VambaProcessor(Qwen2VLProcessor):
             is_marked = sum(np.count_nonzero(row) for row in marks) == sum(map(len, media))
         for medium in MEDIUM_TYPE_IDS:
             sample_ids = [row for row, row_media in enumerate(media) for kind in row_media if kind == medium]
-            # Left out where the marks say the same: trainers hand on what they know of Qwen2-VL.
+            # Left out if the marks say the same: trainers hand on what they know of Qwen2-VL.
             if sample_ids and not is_marked:
                 sample_ids = torch.tensor(sample_ids)
                 as_numpy = isinstance(outputs["input_ids"], np.ndarray)
@@ -243,10 +243,10 @@ class VambaProcessor(Qwen2VLProcessor):
             segment_frames (`int`, *optional*, defaults to 64):
                 Greatest number of sampled frames in a segment, a multiple of `temporal_patch_size`.
             progress (`bool`, *optional*):
-                Whether to show a progress bar. By default only where stderr is a terminal.
+                Whether to show a progress bar. By default only if stderr is a terminal.
             live (`bool`, *optional*, defaults to `False`):
                 Whether to read a file, pipe or URL as it comes, such as a camera's, sampled by `fps`. The frames are
-                those of the whole file where frames come at a constant rate, and otherwise where the container says
+                those of the whole file if frames come at a constant rate, and otherwise if the container says
                 their times without rounding.
             **videos_kwargs:
                 Further arguments of the video processor.

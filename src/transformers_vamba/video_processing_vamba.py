@@ -52,8 +52,8 @@ class VambaVideoProcessorKwargs(VideosKwargs, total=False):  # type: ignore[call
         Greatest number of patches of a whole video, which bounds its frames by their size: before they are brought to
         multiples of `patch_size * merge_size`, and counting `temporal_patch_size` frames once.
     on_damage (`str`, *optional*, defaults to `"raise"`):
-        What to do with a damaged or truncated file: `"raise"` an error, or `"skip"` what cannot be decoded, so that
-        the frames that can be are those of the video, and log what was skipped.
+        What to do with a damaged or truncated file: `"raise"` an error, or `"skip"` what cannot be decoded and log it.
+        The video then has the frames that can be decoded.
     return_video_timestamps (`bool`, *optional*, defaults to `False`):
         Whether to return `video_timestamps_ms` as well, by which the model's cache knows when each step of time was.
     """
@@ -80,7 +80,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
     Constructs a Vamba video processor: samples frames, resizes them, and flattens them into patches as Qwen2-VL does.
 
     Frames are sampled by count (`num_frames`, the default) or by rate (`fps`, frames per second), one of the two;
-    given in a call, either replaces the other's default. A frame that is longer than `size["longest_edge"]` pixels is
+    given in a call, either replaces the other's default. A frame longer than `size["longest_edge"]` pixels is
     shrunk to it and its aspect kept; then an edge below `size["shortest_edge"]` is raised to it; then both edges are
     brought to multiples of `patch_size * merge_size`, within `min_pixels` and `max_pixels`. Frames that fill no
     whole temporal patch at the end are dropped; a video of fewer frames than one temporal patch repeats its last one.
@@ -134,7 +134,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
 
     @staticmethod
     def choose_sampling(kwargs: dict) -> dict:
-        """Returns `kwargs` with `num_frames` set to `None` where `fps` is given, and the other way round."""
+        """Returns `kwargs` with `num_frames` set to `None` if `fps` is given, and the other way round."""
         given = [name for name in SAMPLING if kwargs.get(name) is not None]
         bounds = ("min_frames", "max_frames", "max_patches")
         for name in given + [name for name in bounds if kwargs.get(name) is not None]:
@@ -318,10 +318,10 @@ class VambaVideoProcessor(BaseVideoProcessor):
             num_frames (`int`, *optional*):
                 N, at most the number of frames of the video.
             fps (`int` or `float`, *optional*):
-                Instead of `num_frames`: the intervals are `1 / fps` seconds long, the last one cut off where its
-                middle lies behind the end. No frame is taken twice, and of the shortest video at least one.
+                Instead of `num_frames`: the intervals are `1 / fps` seconds long. The last one is left out if its
+                middle lies after the end. No frame is taken twice, and at least one is taken.
             min_frames (`int`, *optional*), max_frames (`int`, *optional*):
-                Bounds of N. Where `fps` would pass one, the bound is the N of equal intervals.
+                Bounds of N. If `fps` would pass one, N is that bound.
             max_patches (`int`, *optional*):
                 A further bound, by the `height` and `width` of the video: N frames have at most so many patches, two
                 frames (`temporal_patch_size`) counted once. As the published training chooses N.
@@ -398,7 +398,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
             height (`int`), width (`int`):
                 Edges of the frame in pixels.
             **kwargs:
-                `size`, `min_pixels`, `max_pixels`, `patch_size` and `merge_size`, where they replace the attributes.
+                `size`, `min_pixels`, `max_pixels`, `patch_size` and `merge_size`, if they replace the attributes.
 
         Returns:
             `list[tuple[int, int]]`: height and width after the edges are brought into `size`, and then after they are

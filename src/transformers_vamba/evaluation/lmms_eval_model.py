@@ -45,7 +45,7 @@ class VambaChat(lmms):
 
     Args:
         pretrained (`str`): Folder or Hub name of a checkpoint.
-        device (`str`, *optional*): By default a GPU for each process, where there are any.
+        device (`str`, *optional*): By default one GPU per process, if there are any.
         device_map (`str`, *optional*): Instead of `device`: how Accelerate places one model, `"auto"` for instance.
         dtype (`str`, *optional*, defaults to `"auto"`): That of the weights, by default as in the checkpoint.
         attn_implementation (`str`, *optional*): As in `from_pretrained`.
@@ -231,7 +231,7 @@ def _video(video: str) -> dict:
 
 
 def _to_generation(generation_kwargs: dict) -> dict:
-    """A task's `generation_kwargs` as arguments of [`Prompt`]. What they say of sampling counts where they sample."""
+    """A task's `generation_kwargs` as arguments of [`Prompt`]. What they say of sampling counts if they sample."""
     names: tuple[str, ...] = ("max_new_tokens", "num_beams")
     if generation_kwargs.get("do_sample", bool(generation_kwargs.get("temperature"))):
         names += ("do_sample", "temperature", "top_p", "top_k")

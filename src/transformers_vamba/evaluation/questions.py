@@ -27,7 +27,7 @@ from .frames import EvaluationVideoProcessor
 
 logger = logging.get_logger(__name__)
 
-MAX_NEW_TOKENS = 512  # the published evaluation's, where a task says nothing
+MAX_NEW_TOKENS = 512  # the published evaluation's, if a task says nothing
 LARGEST_EDGE = 2**31 - 1  # in pixels, of no video
 
 
@@ -69,7 +69,7 @@ class Prompt:
         settings ([`VideoSettings`]): How its videos are read.
         generation (`dict`, *optional*): Arguments of `generate`.
         stop (`tuple[str]`, *optional*): Strings of which the first to come up ends the answer.
-        continuation (`str`, *optional*): The answer that is scored, where one is.
+        continuation (`str`, *optional*): The answer to score, if there is one.
     """
 
     messages: list[dict]
@@ -104,7 +104,7 @@ class Answer(NamedTuple):
         num_tokens (`int`, defaults to 0): The tokens generated for it.
         loss (`float`, defaults to infinity): Mean negative log-likelihood of a token of the continuation, in nats.
         is_greedy (`bool`, defaults to `False`): Whether greedy decoding would give the continuation.
-        error (`str`, *optional*): Why there is no answer, where there is none.
+        error (`str`, *optional*): Why there is no answer, if there is none.
     """
 
     text: str = ""
@@ -154,7 +154,7 @@ class VideoQuestionAnswering:
     @torch.no_grad()
     def encode(self, videos: Sequence[str], settings: VideoSettings) -> VambaCache:
         """
-        Encodes videos, one behind the other as those of one prompt, or takes them from the folder.
+        Encodes videos, one after another as those of one prompt, or takes them from the folder.
 
         Raises:
             `UnreadableVideoError`: for a video that is missing or cannot be read.

@@ -78,7 +78,7 @@ def is_public(address: str) -> bool:
 
 
 class Copied:
-    """Counts what is copied from a source into a temporary file, and raises a `ValueError` past a limit."""
+    """Counts what is copied from a source into a temporary file. Past a limit it raises a `ValueError`."""
 
     def __init__(self, limits: SourceLimits):
         self.limits, self.deadline = limits, time.monotonic() + limits.max_seconds
@@ -100,7 +100,7 @@ class Copied:
 
 
 def quote_url(url: str) -> str:
-    """A URL as HTTP takes it: spaces and letters beyond ASCII are quoted, what is quoted already stays."""
+    """A URL as HTTP takes it: spaces and non-ASCII letters are quoted; what is quoted already stays."""
     parts = urlsplit(url)
     netloc = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
     path, query = (quote(part, safe="/%:=&?~#+!$,;'@()*[]") for part in (parts.path, parts.query))
@@ -185,7 +185,7 @@ def is_temporary(error: Exception) -> bool:
 
 
 class PartialDownload:
-    """A URL's content on its way to `file`, which a further attempt goes on with where one breaks off."""
+    """A download into `file`. If it breaks off, a further attempt goes on from there."""
 
     def __init__(self, url: str, file: BinaryIO, copied: Copied):
         self.url, self.file, self.copied = url, file, copied

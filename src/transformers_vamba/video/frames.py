@@ -102,7 +102,7 @@ class ArrayFrames(Frames):
         )
 
     def in_layout(self, input_data_format: str | ChannelDimension | None) -> "ArrayFrames":
-        """The same with its channels where the caller says that they are."""
+        """The same array, with the channels on the axis that the caller names."""
         if input_data_format is None or self.given.ndim == 3:
             return self
         return ArrayFrames(self.given, ChannelDimension(input_data_format) == ChannelDimension.LAST)
@@ -132,7 +132,7 @@ class ArrayFrames(Frames):
 
 class ImageFrames(Frames):
     """
-    Frames in a file each, or images, which are opened one by one.
+    Frames in one file each, or images, which are opened one at a time.
 
     Args:
         images (`Sequence`): PIL images, or paths, URLs or bytes of images, all of one size.

@@ -69,7 +69,7 @@ class FrameIndex:
             so and can be trusted. Otherwise frames are told apart by their order alone.
         packets ([`Packets`], *optional*): Given together with `pts`.
         num_missing (`int`): Frames at the end that the container lists but that are not in the file.
-        damage (`list[str]`): What could not be decoded, where that is allowed.
+        damage (`list[str]`): What could not be decoded, if that is allowed.
     """
 
     metadata: TimedMetadata
@@ -143,7 +143,7 @@ def can_trust(packets: Packets, probe: Probe) -> bool:
     steps = np.diff(pts)
     if not len(pts) or pts[0] == NO_TIME or not packets.is_key[0] or packets.is_corrupt.any() or (steps == 0).any():
         return False
-    # A frame of two fields may be in two packets. Where that begins later on, the steps become shorter.
+    # A frame of two fields may be in two packets. If that begins later on, the steps become shorter.
     if probe.is_interlaced and len(steps) and steps.min() * 3 < steps.max() * 2:
         return False
     if probe.reached_end and len(probe.pts) != len(pts):
@@ -199,7 +199,7 @@ def constant_rate(times: np.ndarray, stated_rates: list[Fraction | None], tick: 
 
 def seconds_of(pts: list[int | None] | np.ndarray, time_base: Fraction) -> np.ndarray | None:
     """
-    Times in seconds after the first frame, ascending. Where a recording's clock was set back in its middle, it goes on
+    Times in seconds after the first frame, ascending. If a recording's clock was set back in its middle, it goes on
     as before. `None` if a frame has no time.
     """
     if not len(pts) or any(time is None for time in pts):
@@ -215,8 +215,8 @@ def seconds_of(pts: list[int | None] | np.ndarray, time_base: Fraction) -> np.nd
 
 def build_index(file: FileView, skip_damage: bool = False) -> FrameIndex:
     """
-    Indexes the frames of a file by its packets, and compares with what the decoder gives at its beginning. Where they
-    differ, where packets have no times, and to skip damage, the whole file is decoded once.
+    Indexes the frames of a file by its packets, and compares with what the decoder gives at its beginning. If they
+    differ, if packets have no times, and to skip damage, the whole file is decoded once.
 
     Raises:
         `ValueError`: when it has no frames, or is damaged.

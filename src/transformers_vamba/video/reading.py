@@ -137,7 +137,7 @@ def normalize_videos(videos) -> list:
 
 
 def check_frame_files(videos, do_sample_frames: bool | None) -> None:
-    """Raises a `ValueError` where sampling is asked for of a list of image files: those have been sampled before."""
+    """Raises a `ValueError` if a list of image files is to be sampled: it has been sampled before."""
     rows = [row for row in videos if isinstance(row, (list, tuple))] if isinstance(videos, (list, tuple)) else []
     has_frame_files = any(
         isinstance(video, (list, tuple))

@@ -9,7 +9,7 @@ SAMPLING = ("num_frames", "fps")  # a video is sampled by one of them
 
 
 def replace_sampling(options: dict) -> dict:
-    """`options` of one video, of which `num_frames` or `fps` replaces both, and asks for sampling."""
+    """The options of one video. Its `num_frames` or `fps` replaces both defaults, and asks for sampling."""
     is_sampled = any(options.get(name) is not None for name in SAMPLING)
     return {**dict.fromkeys(SAMPLING), "do_sample_frames": True, **options} if is_sampled else options
 

@@ -91,7 +91,7 @@ def read_sampled(
 ) -> Generator[tuple[list[torch.Tensor], np.ndarray, int]]:
     """
     The sampled frames of a video, resized, at most `segment_frames` at a time, their times in seconds (float64, NaN if
-    not known), and how many there are in all. Where reading fails, what came before is given first.
+    not known), and how many there are in all. If reading fails, what came before is given first.
     """
     with open_frames(
         video, video_processor.source_limits, kwargs["on_damage"], kwargs["input_data_format"], stop
@@ -110,7 +110,7 @@ def read_sampled(
 def read_live(
     video_processor, video, kwargs: dict, segment_frames: int, stop: Callable[[], bool]
 ) -> Generator[tuple[list[torch.Tensor], np.ndarray, None]]:
-    """As [`read_sampled`], of a source that is read as it comes: nobody knows how many frames there will be."""
+    """As [`read_sampled`], of a source that is read as it comes: the number of frames is not known."""
     fps = kwargs["fps"] if kwargs["do_sample_frames"] else None
     limits = video_processor.source_limits
     with open_named_source(video, limits, live=True) as file, errors_of(video), open_video(file) as container:
@@ -131,7 +131,7 @@ def read_live(
 
 
 def cut(frames: Iterator, length: int) -> Iterator[list]:
-    """Lists of `length` frames, the last one shorter. Where a frame fails, those before it are given first."""
+    """Lists of `length` frames, the last one shorter. If a frame fails, those before it are given first."""
     failure = None
 
     def until_failure():

@@ -34,7 +34,7 @@ def is_data_url(source: str) -> bool:
 
 def local_path(source: str) -> str:
     """
-    The path that a path or `file://` URL means. Names with `#`, `?` or `%20` are often put behind `file://` as they
+    The path that a path or `file://` URL means. Names with `#`, `?` or `%20` are often put after `file://` as they
     are on disk, unquoted: such a file is taken if the quoted one is not there.
     """
     if not source.lower().startswith("file://"):
@@ -125,7 +125,7 @@ def describe_error(error: Exception) -> str:
 
 
 class LiveSource:
-    """A binary file that cannot be sought, read as it comes: a buffered one would wait until its buffer is full."""
+    """A binary file that cannot be sought, read as it comes. A buffered one would wait until its buffer is full."""
 
     def __init__(self, file):
         self.read = getattr(file, "read1", file.read)
