@@ -308,6 +308,8 @@ def test_questions_about_encoded_videos(processor):
         processor.prepare_question([conversations[0], user("What?")])
     with pytest.raises(ValueError, match="got an empty list"):
         processor.prepare_question([])
+    with pytest.raises(TypeError, match="`question` must be a string, a conversation, or a list of these, got None"):
+        processor.prepare_question(None)
 
 
 def test_truncation_of_a_medium_is_refused(processor):

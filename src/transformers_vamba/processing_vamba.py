@@ -188,8 +188,11 @@ class VambaProcessor(Qwen2VLProcessor):
             padded on the left.
 
         Raises:
+            `TypeError`: for what is neither a string nor a list.
             `ValueError`: for no question, and for a conversation without an image or a video.
         """
+        if not isinstance(question, (str, list, tuple)):
+            raise TypeError(f"`question` must be a string, a conversation, or a list of these, got {question!r}.")
         is_conversation = isinstance(question, (list, tuple)) and question and isinstance(question[0], Mapping)
         questions = [question] if isinstance(question, str) or is_conversation else list(question)
         if not questions:
