@@ -128,8 +128,8 @@ def average_precision(weights: np.ndarray, events) -> float:
 class Ways(locate.Reader):
     """Adds up what is read in every way that is compared."""
 
-    def __init__(self, cache, rows):
-        super().__init__(cache, rows)
+    def __init__(self, steps):
+        super().__init__(steps)
         self.layers: dict[int, np.ndarray] = {}
 
     def receive(self, layer_idx, row, log_weights):
@@ -146,8 +146,8 @@ def compare(model, cache, tokens: torch.Tensor, is_answer: torch.Tensor) -> dict
     predicts = is_answer.roll(-1, dims=1)
     predicts[:, -1] = False
     videos = cache.fork()
-    ways = Ways(videos, [0])
-    with torch.no_grad(), locate.watching(model.model.language_model.layers, ways.receive, videos, [0], predicts):
+    ways = Ways([cache.steps_of(0)])
+    with torch.no_grad(), locate.watching(model.model.language_model.layers, ways.receive, ways.steps, predicts):
         model.model(input_ids=tokens, cache=videos, use_cache=False)
     return ways.compared()
 

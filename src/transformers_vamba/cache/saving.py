@@ -161,7 +161,7 @@ def load_steps(path: Path, cache_id: str | None, lengths: list[int]) -> list[Vid
     if not lengths or not path.exists():
         return []
     headers = read_headers(path, cache_id)
-    names = [name for name in vars(VideoSteps())]
+    names = list(vars(VideoSteps()))
     if set(headers) != {f"{video}.{name}" for video in range(len(lengths)) for name in names}:
         raise damaged(path, f"holds other tensors than {', '.join(names)} of {len(lengths)} videos")
     tensors, steps = load_file(path), []

@@ -137,8 +137,10 @@ class CapturedStep:
             layer.values[:, :, :num_tokens] = text.values
             layer.cumulative_length.fill_(num_tokens)
         self.mask.fill_(-torch.inf)
-        is_text = torch.tensor(True) if attention_mask is None else attention_mask[:, None, None, :num_tokens].bool()
-        self.mask[..., :num_tokens].masked_fill_(is_text.to(self.mask.device), 0)
+        self.mask[..., :num_tokens] = 0
+        if attention_mask is not None:
+            is_padding = attention_mask[:, None, None, :num_tokens].to(self.mask.device) == 0
+            self.mask[..., :num_tokens].masked_fill_(is_padding, -torch.inf)
 
     def give_text(self, cache: VambaCache) -> None:
         """Copies all text to the cache."""

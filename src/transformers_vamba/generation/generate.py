@@ -317,8 +317,8 @@ class VambaGenerationMixin(GenerationMixin):
                 "which nothing predicts."
             )
         videos = VambaCache(self.config, video_cache_implementation=cache.video_cache_implementation)
-        videos.videos, videos.steps, videos.rows = cache.videos, cache.steps, all_rows
-        reader = Reader(videos, rows)
-        with watching(self.model.language_model.layers, reader.receive, videos, rows, predicts):
+        videos.videos, videos.rows = cache.videos, all_rows
+        reader = Reader([cache.steps_of(row) for row in rows])
+        with watching(self.model.language_model.layers, reader.receive, reader.steps, predicts):
             self.model(input_ids=input_ids, attention_mask=attention_mask, cache=videos, use_cache=False)
         return reader.readings()

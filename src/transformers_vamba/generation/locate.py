@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..cache.cache import VambaCache
 from ..cache.layers import VideoStates
+from ..cache.steps import VideoSteps
 from ..layers.decoder import VambaCrossAttention
 from ..ops.quantized_attention import QuantizedStates
 
@@ -88,13 +88,12 @@ class Reader:
     everywhere, as many do, says nothing about when.
 
     Args:
-        cache ([`VambaCache`]): Holds the videos.
-        rows (`list[int]`): The video that each row reads.
+        steps (`list[VideoSteps]`): The time steps of the video that each row reads.
     """
 
-    def __init__(self, cache: VambaCache, rows: list[int]):
-        self.steps = [cache.steps_of(row) for row in rows]
-        self.sums = [torch.zeros(len(steps.num_tokens)) for steps in self.steps]
+    def __init__(self, steps: list[VideoSteps]):
+        self.steps = steps
+        self.sums = [torch.zeros(len(each.num_tokens)) for each in steps]
 
     def receive(self, layer_idx: int, row: int, log_weights: torch.Tensor) -> None:
         """Adds float32 logarithms of weights, `(num_heads, num_tokens, num_steps)`."""
@@ -150,21 +149,20 @@ def _read_keys(keys: VideoStates, start: int, stop: int) -> torch.Tensor:
 
 def _read_in_layer(
     receive: Callable[[int, int, torch.Tensor], None],
-    cache: VambaCache,
-    rows: list[int],
+    steps: list[VideoSteps],
     token_mask: torch.Tensor,
     layer: VambaCrossAttention,
     inputs: tuple,
 ) -> None:
     """A hook before a layer's cross-attention: hands on what the tokens of each row read of its video."""
     hidden_states, reads, *_ = inputs
-    videos = [keys for num_tokens, keys, _ in reads for _ in range(num_tokens // hidden_states.shape[1])]
+    videos = [keys for length, keys, _ in reads for _ in range(length // hidden_states.shape[1])]
     for row, keys in enumerate(videos):
-        steps = cache.steps_of(rows[row]).num_tokens
-        tokens_at_once = max(1, SCORES_AT_ONCE // (layer.num_heads * len(steps)))
+        num_tokens = steps[row].num_tokens
+        tokens_at_once = max(1, SCORES_AT_ONCE // (layer.num_heads * len(num_tokens)))
         for tokens in hidden_states[row, token_mask[row].to(hidden_states.device)].split(tokens_at_once):
             query = layer.q_proj(tokens).view(len(tokens), keys.shape[1], -1, layer.head_dim).transpose(0, 1)
-            log_weights = log_weights_of_steps(query.flatten(1, 2), keys, steps, layer.scaling)
+            log_weights = log_weights_of_steps(query.flatten(1, 2), keys, num_tokens, layer.scaling)
             # (num_key_value_heads, num_tokens, heads that share a key, num_steps)
             log_weights = log_weights.unflatten(1, query.shape[1:3])
             receive(layer.layer_idx, row, log_weights.transpose(1, 2).flatten(0, 1))
@@ -174,16 +172,15 @@ def _read_in_layer(
 def watching(
     layers: nn.ModuleList,
     receive: Callable[[int, int, torch.Tensor], None],
-    cache: VambaCache,
-    rows: list[int],
+    steps: list[VideoSteps],
     token_mask: torch.Tensor,
 ) -> Iterator[None]:
     """
     A block of code in which `receive` is called with the index of a layer, that of a row, and the logarithms of what
     some of its tokens read, float32 of shape `(num_heads, num_tokens, num_steps)`; until all of `token_mask`, of shape
-    `(batch_size, sequence_length)`, have been.
+    `(batch_size, sequence_length)`, have been. `steps` are the time steps of the video that each row reads.
     """
-    hook = partial(_read_in_layer, receive, cache, rows, token_mask)
+    hook = partial(_read_in_layer, receive, steps, token_mask)
     handles = [layer.get_submodule("cross_attn").register_forward_pre_hook(hook) for layer in layers]
     try:
         yield
