@@ -9,29 +9,19 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_vamba import cache_of, make_media, make_text, tiny_model
+from tiny_vamba import cache_of, make_media, make_text
 
 from transformers_vamba import VambaCache
 from transformers_vamba.cache.changes import num_kept
-from transformers_vamba.cache.storage import HostStorage
 from transformers_vamba.inputs.media import Medium
 
+
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 IMPLEMENTATIONS = ("dynamic", "quantized", "offloaded", "offloaded_quantized")
 GRID = (4, 6)  # in patches: 6 tokens per time step
 VIDEO = make_media("video", (17, *GRID))  # 102 tokens
 BUDGET = 40  # leaves 35 tokens, 8 of them for their age
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Blocks that a tiny video fills several times, and never whole."""
-    monkeypatch.setattr(HostStorage, "tokens_per_block", 16)
 
 
 def pieces_of(media, num_steps):

@@ -20,11 +20,6 @@ VIDEO, OTHER = make_media("video", (5, 4, 6)), make_media("video", (5, 4, 6), se
 SETTINGS = VideoSettings(num_frames=4, fps=None, shortest_edge=28, longest_edge=84)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
 @pytest.fixture(scope="module", params=("dynamic", "quantized"))
 def saved(request, model, tmp_path_factory):
     """A saved cache of two videos, of 30 and 12 tokens."""

@@ -7,17 +7,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_vamba import cache_of, make_media, make_text, tiny_model
+from tiny_vamba import cache_of, make_media, make_text
 
 from transformers_vamba import VambaCache
 
 
 VIDEO, TIMES = make_media("video", (5, 4, 6)), torch.tensor([0, 500, 1250, 1500, 2000])
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
 
 
 def known(cache, video=0):

@@ -15,23 +15,14 @@ from transformers_vamba.inputs.media import Medium
 from transformers_vamba.layers.decoder import VambaCrossAttention
 
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 IMPLEMENTATIONS = ("dynamic", "quantized", "offloaded", "offloaded_quantized")
 EXACT = ("dynamic", "offloaded")
 VIDEO = make_media("video", (17, 4, 6))  # 102 tokens
 NEW_TOKENS = 8
 # What 8 bits may change of the logits of the tiny model, whose weights are drawn wide: relative error.
 QUANTIZED_ERROR = 5e-3
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Blocks that a tiny video fills several times, and never whole."""
-    monkeypatch.setattr(HostStorage, "tokens_per_block", 16)
 
 
 def generate(model, text, **kwargs):
