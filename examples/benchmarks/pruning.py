@@ -8,7 +8,6 @@ and GiB is written and printed.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from inference import (
     peak_gib,
     reset_peak,
     synchronize,
+    write_results,
 )
 from transformers.video_utils import VideoMetadata
 
@@ -44,7 +44,7 @@ WAYS = (
     {"max_video_tokens": 32_768, "video_cache_implementation": "offloaded"},
 )
 COLUMNS = {
-    "way": ("", "{}"),
+    "way": ("way", "{}"),
     "frames": ("frames", "{:,}"),
     "video_tokens": ("video tokens", "{:,}"),
     "encode_s": ("encoding, s", "{:.2f}"),
@@ -53,6 +53,7 @@ COLUMNS = {
     "cache_gib": ("of which cache", "{:.2f}"),
     "question_s": ("first token of a question, s", "{:.3f}"),
     "decode_ms": ("a token, ms", "{:.1f}"),
+    "note": ("", "{}"),
 }
 
 
@@ -97,6 +98,8 @@ def measure(model, num_frames: int, patches: tuple[int, int], options: dict) -> 
         **options,
     )
     return {
+        "model": "vamba",
+        "attention": "sdpa",
         "way": ", ".join(f"{name} {value}" for name, value in options.items()) or "as it is",
         "frames": num_frames,
         "video_tokens": cache.video_lengths[0],
@@ -121,22 +124,12 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(args.device)
     config, patches = make_config("vamba", tiny=device.type == "cpu")
     model = load(config, "sdpa", device)
-    rows = [
-        measure(model, num_frames, patches, options)
-        for num_frames in map(int, args.frames.split(","))
-        for options in WAYS
-    ]
-    args.output.mkdir(parents=True, exist_ok=True)
-    machine = describe_machine(device)
-    (args.output / "pruning.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    lines = [f"Vamba-7B's shapes, a video of 644x364. {machine}", ""]
-    lines += ["| " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "| --- " * len(COLUMNS) + "|"]
-    for row in rows:
-        cells = ["–" if row[name] is None else form.format(row[name]) for name, (_, form) in COLUMNS.items()]
-        lines.append(f"| {' | '.join(cells)} |")
-    table = "\n".join(lines) + "\n"
-    (args.output / "pruning.md").write_text(table)
-    print(table)
+    rows = []
+    for num_frames in map(int, args.frames.split(",")):
+        for options in WAYS:
+            rows.append(measure(model, num_frames, patches, options))
+            write_results(args.output, describe_machine(device), rows, "pruning", COLUMNS)
+    print((args.output / "pruning.md").read_text())
 
 
 if __name__ == "__main__":
