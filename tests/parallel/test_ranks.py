@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes, of which one has no video at a time, give what one process gives with the samples of both."""
+"""Several processes, of which some have no video at a time, give what one process gives with the samples of all."""
 
 import functools
 import importlib.util
@@ -24,23 +24,32 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 SHARDED = ("fsdp2", pytest.param("zero3", marks=needs_deepspeed))
 
 
-def launcher(kind: str, mixed_precision: str) -> list[str]:
+def launcher(kind: str, num_processes: int, mixed_precision: str) -> list[str]:
     """The part of the command before the program."""
     if kind == "alone":
         return []
+    processes = str(num_processes)
     if kind == "ddp":
-        return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     command = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{kind}.yaml")]
-    return [*command, "--num_processes", "2", "--main_process_port", "0", "--mixed_precision", mixed_precision]
+    return [*command, "--num_processes", processes, "--main_process_port", "0", "--mixed_precision", mixed_precision]
 
 
-def run(kind: str, program: str, *arguments: str, on_gpus: bool = False, mixed_precision: str = "no", timeout=240):
-    """Runs a program of this folder, in one process or two."""
+def run(
+    kind: str,
+    program: str,
+    *arguments: str,
+    num_processes: int = 2,
+    on_gpus: bool = False,
+    mixed_precision: str = "no",
+    timeout: int = 240,
+):
+    """Runs a program of this folder, in one process or several."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if not on_gpus:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     subprocess.run(
-        [sys.executable, "-W", "ignore", *launcher(kind, mixed_precision), str(TESTS / program), *arguments],
+        [sys.executable, "-W", "ignore", *launcher(kind, num_processes, mixed_precision), str(TESTS / program), *arguments],
         env=environment,
         cwd=TESTS,
         check=True,
@@ -67,8 +76,12 @@ def assert_same_run(actual, expected, atol=1e-5, rtol=1e-4):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Losses and weights of one process, by what is trained of the tower."""
-    return functools.cache(lambda tower: train(tmp_path_factory.mktemp("alone"), "alone", "--tower", tower))
+    """Losses and weights of one process, by what is trained of the tower and the samples of a step."""
+    return functools.cache(
+        lambda tower, batch=2: train(
+            tmp_path_factory.mktemp("alone"), "alone", "--tower", tower, "--batch", str(batch)
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,16 +116,22 @@ def test_what_no_process_uses_has_no_gradient(tmp_path, kind, arguments):
     assert unread and all(torch.equal(expected[1][name], initial[name]) for name in unread)
 
 
-def train_and_resume(folder: Path, kind: str, **kwargs):
+def train_and_resume(folder: Path, kind: str, before: int = 2, after: int = 2, **kwargs):
+    """The first half of the steps with so many processes, and the second with so many."""
     arguments = ("--tower", "frozen", "--checkpointing", '{"layers_per_checkpoint": 2}')
-    train(folder, kind, "--steps", "2", *arguments, **kwargs)
+    arguments += ("--batch", str(max(before, after)))
+    train(folder, kind, "--steps", "2", *arguments, num_processes=before, **kwargs)
     assert (folder / "checkpoint-2").is_dir()
-    return train(folder, kind, *arguments, **kwargs)
+    return train(folder, kind, *arguments, num_processes=after, **kwargs)
 
 
 @pytest.mark.parametrize("kind", ("ddp", *SHARDED))
 def test_resume(tmp_path, alone, kind):
     assert_same_run(train_and_resume(tmp_path, kind), alone("frozen"))
+
+
+def test_resume_on_fewer_processes(tmp_path, alone):
+    assert_same_run(train_and_resume(tmp_path, "fsdp2", before=4, after=2), alone("frozen", 4))
 
 
 @needs_deepspeed
@@ -125,9 +144,19 @@ def test_from_qwen2_vl(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("mixed_precision, atol, rtol", (("no", 1e-4, 1e-3), ("bf16", 5e-3, 2e-2)))
-@pytest.mark.parametrize("kind", SHARDED)
-def test_on_gpus(tmp_path, alone, kind, mixed_precision, atol, rtol):
-    resumed = train_and_resume(tmp_path, kind, on_gpus=True, mixed_precision=mixed_precision)
-    assert_same_run(resumed, alone("frozen"), atol, rtol)
+@pytest.mark.parametrize(
+    "kind, before, after",
+    (
+        ("fsdp2", 2, 2),
+        ("fsdp2", 4, 4),
+        ("fsdp2", 4, 2),
+        pytest.param("zero3", 2, 2, marks=needs_deepspeed),
+        pytest.param("zero3", 4, 4, marks=needs_deepspeed),
+    ),
+)
+def test_on_gpus(tmp_path, alone, kind, before, after, mixed_precision, atol, rtol):
+    if torch.cuda.device_count() < before:
+        pytest.skip(f"needs {before} CUDA devices")
+    resumed = train_and_resume(tmp_path, kind, before, after, on_gpus=True, mixed_precision=mixed_precision)
+    assert_same_run(resumed, alone("frozen", before), atol, rtol)

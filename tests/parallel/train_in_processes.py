@@ -52,6 +52,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path, help="with the model, as `initial`")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=2, help="samples of all processes together")
     parser.add_argument("--tower", choices=("trained", "merger", "frozen"), default="trained")
     parser.add_argument("--skip-logits", action="store_true", help="in a different number of chunks in each process")
     parser.add_argument("--checkpointing", type=json.loads, help="gradient_checkpointing_kwargs")
@@ -64,8 +65,8 @@ def main():
         pass_for_gpus()
     arguments = TrainingArguments(
         args.folder,
-        per_device_train_batch_size=2 // num_processes,
-        per_device_eval_batch_size=2 // num_processes,
+        per_device_train_batch_size=args.batch // num_processes,
+        per_device_eval_batch_size=args.batch // num_processes,
         max_steps=args.steps,
         save_steps=2,
         logging_steps=1,
