@@ -144,7 +144,8 @@ def milliseconds_a_token(times: list[float]) -> float:
 
 def synchronize(model):
     if model.device.type == "cuda":
-        torch.cuda.synchronize()
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(index)
 
 
 def peak_gib(model) -> float | None:
@@ -284,7 +285,7 @@ def describe_machine(device: torch.device) -> str:
 def describe_model(row: dict) -> str:
     options = [row["attention"]]
     options += [f"{row[key]} {name}" for key, name in (("video_cache", "video"), ("weights", "weights")) if key in row]
-    return f"{NAMES[row['model']]}, {', '.join(options)}"
+    return f"{NAMES.get(row['model'], row['model'])}, {', '.join(options)}"
 
 
 def write_results(

@@ -4,6 +4,7 @@
     python examples/benchmarks/training.py --frames 64,256,512,1024 --output results
     python examples/benchmarks/training.py --lora --frames 512,1024,2048,4096,8192 --checkpointing parts,2,offload-2
     torchrun --nproc-per-node 4 examples/benchmarks/training.py --frames 256
+    torchrun --nproc-per-node 4 examples/benchmarks/training.py --frames 1024,4096 --sequence-parallel
 
 One sample a step and a GPU: 640x360 frames and 66 tokens of text, all of which have labels; random weights in
 bfloat16, the vision tower frozen, all else trained (or LoRA on every linear layer of the decoder), gradients but no
@@ -16,7 +17,8 @@ say nothing but that the program runs.
 host memory), `reentrant` (whole layers, each computed again at once). Qwen2-VL keeps each layer's input.
 
 Under `torchrun` each process measures on its own first, then all together with FSDP2; `scaling` is the time of the one
-by that of the other.
+by that of the other. With `--sequence-parallel` all share one video, each with a stretch of it; the shortest is
+measured on one GPU as well, and `scaling` is the time there by that of all GPUs together.
 """
 
 import argparse
@@ -52,7 +54,7 @@ COLUMNS = {
     "trained": ("trained", "{}"),
     "checkpointing": ("checkpoints", "{}"),
     "gpus": ("GPUs", "{}"),
-    "frames": ("frames a GPU", "{:,}"),
+    "frames": ("frames per sample", "{:,}"),
     "video_tokens": ("video tokens", "{:,}"),
     "step_s": ("a step, s", "{:.2f}"),
     "peak_gib": ("peak GiB", "{:.1f}"),
@@ -67,7 +69,9 @@ def prepare(name: str, attention: str, device: torch.device, lora: bool):
     model = load(config, attention, device)
     model.model.visual.requires_grad_(False)
     if lora:
-        model = get_peft_model(model, LoraConfig(r=16, target_modules=lora_target_modules(config)))
+        adapters = LoraConfig(r=16, target_modules=lora_target_modules(config))
+        # In one dtype, or FSDP2 does not take them.
+        model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
     return model.train(), patches
 
 
@@ -107,18 +111,21 @@ def step(model, inputs: dict[str, torch.Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def measure(model, num_frames: int, patches: tuple[int, int], row: dict, num_steps: int) -> None:
-    """Fills the row."""
-    inputs = make_inputs(model, num_frames, patches)
+def measure(
+    model, num_frames: int, patches: tuple[int, int], row: dict, num_steps: int, num_stretches: int = 1
+) -> None:
+    """Fills the row. Of a video in stretches this process has one."""
+    inputs = make_inputs(model, num_frames // num_stretches, patches)
     step(model, inputs)
     reset_peak(model)
     row["step_s"] = statistics.median(step(model, inputs) for _ in range(num_steps))
     row["peak_gib"] = peak_gib(model)
-    row["video_tokens"] = int(inputs["video_grid_thw"].prod()) // model.config.vision_config.spatial_merge_size**2
+    num_patches = num_stretches * int(inputs["video_grid_thw"].prod())
+    row["video_tokens"] = num_patches // model.config.vision_config.spatial_merge_size**2
 
 
 def measure_sizes(
-    model, sizes: list[int], patches: tuple[int, int], case: dict, num_steps: int
+    model, sizes: list[int], patches: tuple[int, int], case: dict, **options
 ) -> Iterator[dict[str, object]]:
     """A row for each number of frames, `case` and what was measured; after one that fails, larger ones are not run."""
     failed_at = None
@@ -127,7 +134,7 @@ def measure_sizes(
         if failed_at is not None:
             row["note"] = f"fails at {failed_at} frames"
         else:
-            attempt(partial(measure, num_steps=num_steps), model, num_frames, patches, row)
+            attempt(partial(measure, **options), model, num_frames, patches, row)
             failed_at = num_frames if "note" in row else None
         yield row
 
@@ -147,13 +154,14 @@ def parse(arguments: list[str] | None, num_processes: int) -> argparse.Namespace
     parser.add_argument("--frames", help="default: 64,256,512,1024, and 8,16 on a CPU")
     parser.add_argument("--checkpointing", default="parts,offload", help="what Vamba keeps, see above")
     parser.add_argument("--lora", action="store_true", help="train LoRA adapters instead of all but the vision tower")
+    parser.add_argument("--sequence-parallel", action="store_true", help="one video on all processes of torchrun")
     parser.add_argument("--steps", type=int, default=3, help="steps to take the median of")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--attn", default="sdpa")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     args = parser.parse_args(arguments)
-    if args.lora and num_processes > 1:
-        parser.error("--lora is for one process")
+    if args.sequence_parallel and (num_processes == 1 or args.models != "vamba"):
+        parser.error("--sequence-parallel is for several processes, started by torchrun, and --models vamba")
     return args
 
 
@@ -167,10 +175,10 @@ def main(arguments: list[str] | None = None) -> None:
     if num_processes > 1:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     sizes = sorted(map(int, (args.frames or ("64,256,512,1024" if device.type == "cuda" else "8,16")).split(",")))
-    machine, rows, name = describe_machine(device), [], "training_lora" if args.lora else "training"
-    if num_processes > 1:
-        name = f"training_{num_processes}_gpus"
-    torch.manual_seed(rank)
+    machine, rows, parts = describe_machine(device), [], ["training"]
+    parts += ["lora"] * args.lora + ["sequence_parallel"] * args.sequence_parallel
+    name = "_".join([*parts, f"{num_processes}_gpus"] if num_processes > 1 else parts)
+    torch.manual_seed(0 if args.sequence_parallel else rank)  # the stretches of a video have the same text
 
     for model_name in args.models.split(","):
         for form in args.checkpointing.split(",") if model_name == "vamba" else ("layers",):
@@ -178,17 +186,22 @@ def main(arguments: list[str] | None = None) -> None:
             for gpus in sorted({1, num_processes}):
                 model, patches = prepare(model_name, args.attn, device, args.lora)
                 enable_checkpointing(model, form)
+                num_stretches = gpus if args.sequence_parallel else 1
                 if gpus > 1:
                     shard(model)
+                if num_stretches > 1:
+                    model.set_sequence_parallel_group(torch.distributed.group.WORLD)
                 trained = "LoRA" if args.lora else "text side"
                 case = {"model": model_name, "attention": args.attn, "trained": trained}
                 case |= {"checkpointing": form, "gpus": gpus}
-                for row in measure_sizes(model, sizes, patches, case, args.steps):
+                to_measure = sizes[:1] if args.sequence_parallel and gpus == 1 else sizes
+                options = {"num_steps": args.steps, "num_stretches": num_stretches}
+                for row in measure_sizes(model, to_measure, patches, case, **options):
                     rows.append(row)
                     if gpus == 1:
                         alone[row["frames"]] = row.get("step_s")
                     elif "step_s" in row and alone.get(row["frames"]):
-                        row["scaling"] = alone[row["frames"]] / row["step_s"]
+                        row["scaling"] = alone[row["frames"]] / row["step_s"] / num_stretches
                     if rank == 0:
                         write_results(args.output, machine, rows, name, COLUMNS)
                 del model

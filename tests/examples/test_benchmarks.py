@@ -8,6 +8,7 @@ import sys
 
 import cold_start
 import decoding
+import device_map
 import evaluation
 import inference
 import locating
@@ -80,14 +81,24 @@ def test_training(tmp_path, lora):
     assert all("note" not in row for row in rows)
 
 
-def test_training_on_two_processes(tmp_path):
+@pytest.mark.parametrize("options, shares", (((), 1), (("--sequence-parallel", "--lora"), 2)))
+def test_training_on_two_processes(tmp_path, options, shares):
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [training.__file__, "--device", "cpu", "--models", "vamba", "--frames", "8", "--checkpointing", "parts"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--output", str(tmp_path)], env=environment, check=True, timeout=240)
-    rows = json.loads((tmp_path / "training_2_gpus.json").read_text())["rows"]
+    subprocess.run([*command, *options, "--output", str(tmp_path)], env=environment, check=True, timeout=240)
+    (path,) = tmp_path.glob("*_2_gpus.json")
+    rows = json.loads(path.read_text())["rows"]
     assert [row["gpus"] for row in rows] == [1, 2]
-    assert rows[1]["scaling"] == pytest.approx(rows[0]["step_s"] / rows[1]["step_s"])
+    assert rows[0]["video_tokens"] == rows[1]["video_tokens"]
+    assert rows[1]["scaling"] == pytest.approx(rows[0]["step_s"] / rows[1]["step_s"] / shares)
+
+
+def test_device_map(tmp_path, capsys):
+    device_map.main(["--frames", "4", "--output", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "device_map.json").read_text())["rows"]
+    assert "note" not in row and all(row[name] > 0 for name in ("load_s", "encode_s", "first_token_s", "decode_ms"))
+    assert (tmp_path / "device_map.md").read_text() in capsys.readouterr().out
 
 
 def test_decoding(tmp_path, capsys):

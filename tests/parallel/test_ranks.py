@@ -49,7 +49,14 @@ def run(
     if not on_gpus:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     subprocess.run(
-        [sys.executable, "-W", "ignore", *launcher(kind, num_processes, mixed_precision), str(TESTS / program), *arguments],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            *launcher(kind, num_processes, mixed_precision),
+            str(TESTS / program),
+            *arguments,
+        ],
         env=environment,
         cwd=TESTS,
         check=True,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training step of the tiny model, the video in stretches on several ranks: for test_sequence_parallel.py."""
+"""One training step of the tiny model, the video in stretches on several ranks: a program for test_sequence.py."""
 
+import argparse
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -18,11 +18,11 @@ from transformers_vamba.parallel import sequence as sequence_parallel
 from transformers_vamba.parallel.sequence import take_stretch
 
 
-# Seven steps of frames, which neither two nor three ranks divide evenly.
+# Seven steps of frames, which no number of ranks divides evenly.
 GRID = (7, 8, 6)
 
-# Shares of the frames of two ranks and of three, one as long as a stretch of the scan is here.
-UNEVEN = {2: (1, 6), 3: (1, 5, 1)}
+# Shares of the frames by the number of ranks, one as long as a stretch of the scan is here.
+UNEVEN = {2: (1, 6), 3: (1, 5, 1), 4: (1, 3, 1, 2)}
 
 CASES = {  # and the arguments of the checkpointing
     "plain": None,
@@ -37,9 +37,9 @@ CASES = {  # and the arguments of the checkpointing
 }
 
 
-def prepare(case: str):
-    """The model in training, in float64 but for the scan."""
-    model = tiny_model(dtype=torch.float64).train()
+def prepare(case: str, device: str = "cpu"):
+    """The model in training; on a CPU in float64 but for the scan, on a GPU in float32."""
+    model = tiny_model(dtype=torch.float64 if device == "cpu" else torch.float32).to(device).train()
     if case == "frozen tower":
         model.model.visual.requires_grad_(False)
     if case == "lora":
@@ -50,29 +50,30 @@ def prepare(case: str):
     return model
 
 
-def make_sample(case: str) -> dict[str, torch.Tensor]:
+def make_sample(case: str, device: str = "cpu") -> dict[str, torch.Tensor]:
     input_ids = make_text(length=9)
-    return {
+    sample = {
         "input_ids": input_ids,
         "labels": input_ids.masked_fill(input_ids % 3 == 0, -100),
         **({} if case == "text alone" else make_media("video", GRID)),
     }
+    return {name: tensor.to(device) for name, tensor in sample.items()}
 
 
-def make_stretch(case: str, group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
-    sample = make_sample(case)
+def make_stretch(case: str, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
+    sample, group = make_sample(case, mesh.device_type), mesh.get_group()
     if case == "text alone":
         return sample
     if case != "uneven":
         return take_stretch(sample, group)
     pixel_values = sample["pixel_values_videos"].unflatten(0, (GRID[0], -1)).split(UNEVEN[group.size()])[group.rank()]
-    grid = torch.tensor([(len(pixel_values), *GRID[1:])])
+    grid = sample["video_grid_thw"].new_tensor([(len(pixel_values), *GRID[1:])])
     return {**sample, "pixel_values_videos": pixel_values.flatten(0, 1), "video_grid_thw": grid}
 
 
 def run_step(case: str, mesh: DeviceMesh) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss and the gradients, as DDP or FSDP2 average them."""
-    model, group = prepare(case), mesh.get_group()
+    model, group = prepare(case, mesh.device_type), mesh.get_group()
     model.set_sequence_parallel_group(group)
     if case == "fsdp2":
         for layer in model.model.language_model.layers:
@@ -80,17 +81,18 @@ def run_step(case: str, mesh: DeviceMesh) -> tuple[float, dict[str, torch.Tensor
         run = fully_shard(model, mesh=mesh)
     else:
         run = DistributedDataParallel(model, process_group=group)
-    loss = run(**make_stretch(case, group)).loss
+    loss = run(**make_stretch(case, mesh)).loss
     loss.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return loss.item(), {name: grad.full_tensor() if case == "fsdp2" else grad for name, grad in grads.items()}
+    grads = {name: grad.full_tensor() if case == "fsdp2" else grad for name, grad in grads.items()}
+    return loss.item(), {name: grad.cpu() for name, grad in grads.items()}
 
 
 @torch.no_grad()
-def evaluate(group: dist.ProcessGroup) -> float:
-    model = prepare("plain").eval()
-    model.set_sequence_parallel_group(group)
-    return model(**make_stretch("plain", group)).loss.item()
+def evaluate(mesh: DeviceMesh) -> float:
+    model = prepare("plain", mesh.device_type).eval()
+    model.set_sequence_parallel_group(mesh.get_group())
+    return model(**make_stretch("plain", mesh)).loss.item()
 
 
 def error_of(model, **inputs) -> str:
@@ -101,9 +103,10 @@ def error_of(model, **inputs) -> str:
     return "no error"
 
 
-def collect_errors(group: dist.ProcessGroup) -> list[str]:
+def collect_errors(mesh: DeviceMesh) -> list[str]:
     """The messages about inputs that do not fit together."""
-    model, rank, stretch = prepare("plain"), group.rank(), make_stretch("plain", group)
+    group = mesh.get_group()
+    model, rank, stretch = prepare("plain", mesh.device_type), group.rank(), make_stretch("plain", mesh)
     model.set_sequence_parallel_group(group)
     text = {name: stretch[name] for name in ("input_ids", "labels")}
     longer = {name: ids if rank else ids.repeat(1, 2) for name, ids in text.items()}
@@ -123,18 +126,24 @@ def collect_errors(group: dist.ProcessGroup) -> list[str]:
 
 
 def main():
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--ranks", type=int, nargs="+", required=True, help="how many take part, one after another")
+    args = parser.parse_args()
     # Several stretches a rank for the mixers, and several parts of the attention's scores.
     mixer_module.MAX_TOKENS_PER_PART = 16
     sequence_parallel.MAX_SCORES = 1000
-    dist.init_process_group("gloo")
-    for num_ranks in (2, 3):
-        mesh = DeviceMesh("cpu", range(num_ranks))  # every process has to make it
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    for num_ranks in args.ranks:
+        mesh = DeviceMesh(args.device, range(num_ranks))  # every process has to make it
         if dist.get_rank() < num_ranks:
             results = {case: run_step(case, mesh) for case in CASES}
-            results["eval_loss"] = evaluate(mesh.get_group())
-            results["errors"] = collect_errors(mesh.get_group())
-            torch.save(results, folder / f"{num_ranks}-{mesh.get_rank()}.pt")
+            results["eval_loss"] = evaluate(mesh)
+            results["errors"] = collect_errors(mesh)
+            torch.save(results, args.folder / f"{num_ranks}-{mesh.get_rank()}.pt")
         dist.barrier()
     os._exit(0)  # without Python's clearing up: now and then Gloo's threads abort or block there
 
