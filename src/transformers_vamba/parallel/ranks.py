@@ -28,10 +28,14 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether the processes hold parts of the parameters, which come together as the modules run: FSDP or ZeRO-3."""
     if not is_distributed():
         return False
-    # DeepSpeed marks the parameters of ZeRO-3.
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters()) or any(
+    return is_partitioned(model) or any(
         isinstance(module, FSDPModule) or is_fsdp_managed_module(module) for module in model.modules()
     )
+
+
+def is_partitioned(module: nn.Module) -> bool:
+    """Whether ZeRO-3 has the parameters, which DeepSpeed marks."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 @torch.no_grad()
@@ -63,6 +67,7 @@ def forget_zero_gradients(outputs: torch.Tensor, visual: nn.Module, layers: Any)
     """
     After the backward pass that comes from `outputs`: takes gradients away that would be `None` in one process, and
     are zero since every process has to run the same. An optimizer would move by its momentum, and decay, what has one.
+    Those of ZeRO-3 stay, for DeepSpeed adds them up later.
 
     Args:
         outputs (`torch.Tensor`): A result of the model.
@@ -93,7 +98,7 @@ def forget_zero_gradients(outputs: torch.Tensor, visual: nn.Module, layers: Any)
         queue = torch.autograd.Variable._execution_engine.queue_callback
         queue(lambda: queue(forget))
 
-    if outputs.requires_grad:
+    if outputs.requires_grad and not is_partitioned(layers):
         outputs.register_hook(forget_last)
 
 
