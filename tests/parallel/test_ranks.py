@@ -2,16 +2,18 @@
 """Several processes, of which some have no video at a time, give what one process gives with the samples of all."""
 
 import functools
+import gc
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_vamba import TEXT_CONFIG, VISION_CONFIG, tiny_config, tiny_model
+from tiny_vamba import TEXT_CONFIG, VISION_CONFIG, make_media, make_text, tiny_config, tiny_model
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from transformers_vamba import VambaForConditionalGeneration
@@ -139,6 +141,16 @@ def test_resume(tmp_path, alone, kind):
 
 def test_resume_on_fewer_processes(tmp_path, alone):
     assert_same_run(train_and_resume(tmp_path, "fsdp2", before=4, after=2), alone("frozen", 4))
+
+
+def test_a_step_holds_nothing_after_it(monkeypatch):
+    monkeypatch.setattr("transformers_vamba.modeling_vamba.is_distributed", lambda: True)
+    model = tiny_model().train()
+    model(input_ids=make_text(), labels=make_text(), **make_media("video", (2, 4, 4)), use_cache=False).loss.backward()
+    weights = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
 
 
 @needs_deepspeed

@@ -76,6 +76,8 @@ def forget_zero_gradients(outputs: torch.Tensor, visual: nn.Module, layers: Any)
         layers (`nn.ModuleList`): The decoder layers. Nobody reads the results of the last one's mixer.
     """
 
+    device = outputs.device  # a hook that holds `outputs` would never be freed, nor what made it
+
     def forget():
         # Listed now: while they run, FSDP replaces its parts by other parameters.
         parts = [visual, *(part for layer in layers for part in (layer.cross_attn, layer.vision_mixer))]
@@ -87,7 +89,7 @@ def forget_zero_gradients(outputs: torch.Tensor, visual: nn.Module, layers: Any)
         is_read = any(bool(part.any()) for part in own_parts)
         meshes = (parameter.device_mesh for parameter in of_media if isinstance(parameter, DTensor))
         if (mesh := next(meshes, None)) is not None:  # each process sees its part
-            is_read = torch.tensor(is_read, dtype=torch.int32, device=outputs.device)
+            is_read = torch.tensor(is_read, dtype=torch.int32, device=device)
             for dim in range(mesh.ndim):
                 torch.distributed.all_reduce(is_read, torch.distributed.ReduceOp.MAX, mesh.get_group(dim))
         for parameter in unread if is_read else [*of_media, *unread]:
