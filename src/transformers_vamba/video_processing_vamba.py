@@ -112,8 +112,8 @@ class VambaVideoProcessor(BaseVideoProcessor):
     valid_kwargs = VambaVideoProcessorKwargs
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
 
-    # How much of a video is resized and turned to float at a time: the rest stays as it was decoded until its turn.
-    temporal_patches_per_step = 16
+    # How much of a video is turned to float at a time: what a CPU's cache holds. The rest stays uint8 until its turn.
+    temporal_patches_per_step = 2
 
     def __init__(self, **kwargs: Unpack[VambaVideoProcessorKwargs]):
         kwargs = self.choose_sampling(kwargs)
