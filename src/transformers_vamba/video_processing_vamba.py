@@ -18,7 +18,7 @@ from transformers.video_utils import VideoMetadata, make_batched_metadata
 from .video.download import SourceLimits
 from .video.frames import ArrayFrames, Frames, is_of
 from .video.index import seconds_of_frames
-from .video.patches import allocate, patchify, whole_patches
+from .video.patches import allocate, patchify, put_frame, whole_patches
 from .video.reading import (
     FileFrames,
     VideoWithOptions,
@@ -230,7 +230,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
                 if resized is None:  # all at once, so that too large a video is refused before it fills the memory
                     with errors_of(video):
                         resized = allocate((len(indices), *frame.shape), frame)
-                resized[row] = frame
+                put_frame(resized, row, frame)
         if resized is None:
             raise ValueError(f"A video needs frames of at least one pixel, got {describe_frames(frames)}.")
         return resized, metadata

@@ -41,3 +41,11 @@ def allocate(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         return like.new_empty(shape)
     except (MemoryError, RuntimeError) as error:
         raise MemoryError(f"{num_bytes / 2**30:.1f} GiB for {'x'.join(map(str, shape))} values") from error
+
+
+def put_frame(frames: torch.Tensor, row: int, frame: torch.Tensor):
+    """`frames[row] = frame`, in one thread if frames are decoded: PyTorch's wait on cores that the decoders need."""
+    if frame.dtype == torch.uint8 and frame.device.type == "cpu":
+        np.copyto(frames[row].numpy(), frame.numpy())
+    else:
+        frames[row] = frame
