@@ -183,7 +183,7 @@ def test_steps_do_not_change_the_result(monkeypatch):
     videos = [frames_of(12, 50, 70), frames_of(7, 50, 70, seed=1)]
     expected = video_processor(videos)
     assert expected["video_grid_thw"][:, 0].tolist() == [6, 3]
-    monkeypatch.setattr(VambaVideoProcessor, "temporal_patches_per_step", 2)
+    monkeypatch.setattr(VambaVideoProcessor, "temporal_patches_per_step", 4)
     outputs = video_processor(videos)
     assert torch.equal(outputs["pixel_values_videos"], expected["pixel_values_videos"])
     assert torch.equal(outputs["video_grid_thw"], expected["video_grid_thw"])
@@ -199,7 +199,7 @@ def test_only_a_step_of_a_video_is_float_at_a_time(monkeypatch):
 
     monkeypatch.setattr(VambaVideoProcessor, "rescale_and_normalize", record)
     VambaVideoProcessor(size={"shortest_edge": 28, "longest_edge": 28})(frames_of(70, 28, 28))
-    assert lengths == [16 * steps for steps in (16, 16, 3)]
+    assert lengths == [16 * 2] * 17 + [16]
 
 
 def test_odd_last_frame_is_dropped_and_single_frame_repeated(video_processor):

@@ -18,7 +18,7 @@ from transformers.video_utils import VideoMetadata, make_batched_metadata
 from .video.download import SourceLimits
 from .video.frames import ArrayFrames, Frames, is_of
 from .video.index import seconds_of_frames
-from .video.patches import allocate, patchify, whole_patches
+from .video.patches import allocate, patchify, put_frame, whole_patches
 from .video.reading import (
     FileFrames,
     VideoWithOptions,
@@ -112,8 +112,8 @@ class VambaVideoProcessor(BaseVideoProcessor):
     valid_kwargs = VambaVideoProcessorKwargs
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
 
-    # How much of a video is resized and turned to float at a time: the rest stays as it was decoded until its turn.
-    temporal_patches_per_step = 16
+    # How much of a video is turned to float at a time: what a CPU's cache holds. The rest stays uint8 until its turn.
+    temporal_patches_per_step = 2
 
     def __init__(self, **kwargs: Unpack[VambaVideoProcessorKwargs]):
         kwargs = self.choose_sampling(kwargs)
@@ -230,7 +230,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
                 if resized is None:  # all at once, so that too large a video is refused before it fills the memory
                     with errors_of(video):
                         resized = allocate((len(indices), *frame.shape), frame)
-                resized[row] = frame
+                put_frame(resized, row, frame)
         if resized is None:
             raise ValueError(f"A video needs frames of at least one pixel, got {describe_frames(frames)}.")
         return resized, metadata

@@ -10,11 +10,13 @@ import cold_start
 import decoding
 import device_map
 import evaluation
+import first_answer
 import inference
 import locating
 import mixer_kernels
 import pruning
 import pytest
+import reading
 import training
 
 
@@ -67,6 +69,54 @@ def test_evaluation_has_its_figures(tmp_path, capsys):
     assert [(row["frames"], row["questions"]) for row in rows] == [(4, 3), (6, 3)]
     assert all(row["ratio"] == row["one_by_one_s"] / row["together_s"] for row in rows)
     assert (tmp_path / "evaluation.md").read_text() in capsys.readouterr().out
+
+
+@pytest.fixture
+def small_video(monkeypatch):
+    """A minute's file of the reading benchmarks is small, and of few frames."""
+    monkeypatch.setattr(reading, "SIZE", (64, 96))
+    monkeypatch.setattr(reading, "RATE", 2)
+
+
+def test_first_answer(tmp_path, capsys, small_video):
+    first_answer.main(["--device", "cpu", "--minutes", "2", "--repeats", "1", "--output", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "first_answer.json").read_text())["rows"]
+    assert (row["codec"], row["frames"], row["peak_gib"]) == ("libx264", 120, None)
+    assert row["ratio"] == row["file_s"] / row["encode_s"]
+    assert row["read_s"] > 0 and row["host_gib"] >= row["host_before_gib"] > 0
+    assert (tmp_path / "first_answer.md").read_text() in capsys.readouterr().out
+
+
+def test_reading(tmp_path, capsys, monkeypatch, small_video):
+    """The readers that are asked for; one that is not installed, and one that fails."""
+
+    def fail(path):
+        raise ValueError("no such codec")
+
+    readers = {"plain": (reading.decode_plainly, "av"), "failing": (fail, "av"), "absent": (fail, "not_installed")}
+    monkeypatch.setattr(reading, "READERS", {**reading.READERS, **readers})
+
+    def run_here(command, **kwargs):
+        try:
+            reading.run_one(*command[-2:])
+        except ValueError:
+            return subprocess.CompletedProcess(command, 1, "")
+        return subprocess.CompletedProcess(command, 0, capsys.readouterr().out)
+
+    monkeypatch.setattr(reading.subprocess, "run", run_here)
+    options = ["reading.py", "--minutes", "1", "--codecs", "libx264", "--output", str(tmp_path / "table")]
+    monkeypatch.setattr(sys, "argv", [*options, "--readers", *readers, "iter_video_segments"])
+    reading.main()
+    results = json.loads((tmp_path / "table.json").read_text())
+    rows = results["rows"]
+    assert [row["reader"] for row in rows] == ["iter_video_segments(fps=1)", "plain", "failing"]
+    assert [row.get("frames") for row in rows] == [60, 120, None]
+    assert "Not installed: not_installed." in results["description"]
+    table = (tmp_path / "table.md").read_text()
+    assert "| libx264 | failing | fails | | | |" in table and table in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*options, "--readers", "nobody"])
+    with pytest.raises(SystemExit):
+        reading.main()
 
 
 @pytest.mark.parametrize("lora", (False, True))

@@ -108,6 +108,50 @@ def test_odd_frames_and_segments(processor, write_video, segment_frames, num_fra
     assert_equal(segments, expected)
 
 
+def test_cores_are_left_to_the_decoders(processor, video_file, monkeypatch):
+    """PyTorch's threads in the background are few; those of the caller, and of threads that begin later, stay."""
+    default, numbers, later = torch.get_num_threads(), [], []
+    preprocess = processor.video_processor.preprocess_resized
+
+    def record(*args, **kwargs):
+        numbers.append(torch.get_num_threads())
+        return preprocess(*args, **kwargs)
+
+    monkeypatch.setattr(processor.video_processor, "preprocess_resized", record)
+    try:
+        torch.set_num_threads(8)
+        assert len(list(processor.iter_video_segments(video_file, num_frames=8, segment_frames=4))) == 2
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert torch.get_num_threads() == 8
+    finally:
+        torch.set_num_threads(default)
+    assert numbers == [2, 2] and later == [8]
+
+
+def test_decoding_goes_on_while_patches_are_made(processor, video_file, monkeypatch):
+    num_resized, seen, video_processor = 0, [], processor.video_processor
+    resize, preprocess = video_processor.resize, video_processor.preprocess_resized
+
+    def count(*args, **kwargs):
+        nonlocal num_resized
+        num_resized += 1
+        return resize(*args, **kwargs)
+
+    def wait(*args, **kwargs):
+        deadline = time.monotonic() + 60
+        while not seen and num_resized < 2 * 6 and time.monotonic() < deadline:
+            threading.Event().wait(0.01)
+        seen.append(num_resized)
+        return preprocess(*args, **kwargs)
+
+    monkeypatch.setattr(video_processor, "resize", count)
+    monkeypatch.setattr(video_processor, "preprocess_resized", wait)
+    assert len(list(processor.iter_video_segments(video_file, num_frames=8, segment_frames=2))) == 4
+    assert seen[0] >= 2 * 6  # each frame is resized twice: those of this segment, and of two more
+
+
 def times_of(segments):
     return torch.cat([segment["video_timestamps_ms"] for segment in segments]).tolist()
 

@@ -22,7 +22,7 @@ from .reading import check_video, normalize_video, open_frames, open_named_sourc
 from .sources import errors_of
 
 
-# Segments that are ready or in the making while the reader is busy with one.
+# Segments that are ready or in the making while the reader is busy with one, and as many that are decoded before.
 SEGMENTS_AHEAD = 2
 # How long leaving waits for what is being read: a source that has stalled may never go on.
 LEAVING_SECONDS = 1.0
@@ -55,7 +55,8 @@ def iter_video_segments(
     def segments():
         stop = threading.Event()
         read = read_live if live else read_sampled
-        stretches = read(video_processor, video, kwargs, segment_frames, stop.is_set)
+        # Decoding goes on while a segment is made into patches.
+        stretches = read_ahead(read(video_processor, video, kwargs, segment_frames, stop.is_set), stop)
         preprocessed = preprocess_stretches(video_processor, stretches, temporal_patch_size, segment_kwargs)
         disable = None if progress is None else not progress
         with (
@@ -185,10 +186,24 @@ def preprocess_stretches(
             if i:  # only a whole video repeats a frame to fill a temporal patch
                 frames = frames[: len(frames) - len(frames) % temporal_patch_size]
             if frames:
-                stretch = torch.stack(frames)
+                # Channels last, as the frames lie in memory: rows are copied whole.
+                stretch = torch.stack([frame.movedim(0, -1) for frame in frames]).movedim(-1, 1)
                 segment = video_processor.preprocess_resized([stretch], **videos_kwargs)
                 video_processor.add_timestamps(segment, [seconds], **videos_kwargs)
                 yield segment, len(frames), num_frames
+
+
+def leave_cores_to_decoders():
+    """
+    Gives PyTorch in this thread, begun just now, a quarter of its threads. Between operations they wait in a loop, on
+    cores that the decoders need.
+    """
+    default = torch.get_num_threads()
+    torch.set_num_threads(max(default // 4, 1))
+    # That would hold for all threads that begin later as well, unless one of them sets it back.
+    restoring = threading.Thread(target=torch.set_num_threads, args=(default,), daemon=True)
+    restoring.start()
+    restoring.join()
 
 
 def read_ahead(items: Generator, stop: threading.Event) -> Generator:
@@ -201,6 +216,7 @@ def read_ahead(items: Generator, stop: threading.Event) -> Generator:
     room, end = threading.Semaphore(SEGMENTS_AHEAD), object()
 
     def run():
+        leave_cores_to_decoders()
         room.acquire()
         while not stop.is_set():
             try:
@@ -208,6 +224,7 @@ def read_ahead(items: Generator, stop: threading.Event) -> Generator:
             except BaseException as error:
                 results.put((end, error))
             room.acquire()
+        results.put((end, None))  # for a reader that waits already
         items.close()
 
     def close():
