@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images and videos that a request names: opened within the server's limits, known by their content, and read."""
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Generator
+from contextlib import ExitStack
+from http.client import HTTPException
+from typing import Any
+
+import PIL.Image
+import PIL.ImageOps
+
+from ..processing_vamba import VambaProcessor
+from ..video.download import SourceLimits
+from ..video.sources import describe_error, is_data_url, is_remote, open_source
+from .errors import RequestError
+from .requests import NamedMedium
+
+
+# Those that Pillow decodes by itself. For others it starts programs, or reads further files.
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
+MAX_IMAGE_PIXELS = 2**26
+CHUNK_BYTES = 2**20
+MAX_DIGESTS = 4096
+
+
+class OpenedMedium:
+    """
+    An image or a video whose file is open.
+
+    Args:
+        named ([`NamedMedium`]): What the request says of it.
+        file (`BinaryIO`): The file.
+        digest (`str`): Of its content.
+        stack (`ExitStack`): Closes the file.
+    """
+
+    def __init__(self, named: NamedMedium, file, digest: str, stack: ExitStack):
+        self.named, self.file, self.digest, self.stack = named, file, digest, stack
+
+    # What stands for the file in errors of its reader, and what the reader needs of it.
+    def __repr__(self) -> str:
+        return self.named.name
+
+    def read(self, size: int = -1) -> bytes:
+        return self.file.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+    @property
+    def key(self) -> str:
+        """The same for the same content read in the same way."""
+        return f"{self.named.kind}:{self.digest}:{json.dumps(self.named.options, sort_keys=True)}"
+
+    def close(self) -> None:
+        self.stack.close()
+
+    def refuse(self, reason) -> RequestError:
+        return RequestError(f"`{self.named.place}`: {reason}", self.named.place, "invalid_media")
+
+
+class MediaReader:
+    """
+    Opens and reads what requests name. Its methods block, and may be called from several threads.
+
+    Args:
+        processor ([`VambaProcessor`]): Prepares images and videos.
+        limits ([`SourceLimits`]): What may be opened.
+    """
+
+    def __init__(self, processor: VambaProcessor, limits: SourceLimits):
+        self.processor, self.limits = processor, limits
+        PIL.Image.init()
+        self.image_formats = [name for name in IMAGE_FORMATS if name in PIL.Image.OPEN]
+        self._digests: OrderedDict[tuple, str] = OrderedDict()  # of files of this machine
+
+    def open(self, media: list[NamedMedium]) -> list[OpenedMedium]:
+        """Opens images and videos, all or none. Raises a [`RequestError`] for one that cannot be had."""
+        opened: list[OpenedMedium] = []
+        try:
+            for named in media:
+                opened.append(self._open(named))
+        except BaseException:
+            for each in opened:
+                each.close()
+            raise
+        return opened
+
+    def _open(self, named: NamedMedium) -> OpenedMedium:
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(open_source(named.source, self.limits))
+                digest = self._digest(named.source, file)
+            except FileNotFoundError as error:
+                raise self._refuse(named, str(error)) from error
+            except (HTTPException, OSError, ValueError) as error:
+                reason = f"could not open {named.name}: {describe_error(error)}"
+                raise self._refuse(named, reason) from error
+            return OpenedMedium(named, file, digest, stack.pop_all())
+
+    def _refuse(self, named: NamedMedium, reason: str) -> RequestError:
+        is_local = not is_remote(named.source) and not is_data_url(named.source)
+        if is_local and not self.limits.allow_local:
+            reason += ". Send the content as a data: URL, or start the server with --media-root"
+        elif is_local and self.limits.media_root is not None:
+            reason += " Paths are those within the server's --media-root."
+        return RequestError(f"`{named.place}`: {reason}", named.place, "invalid_media")
+
+    def _digest(self, source: str, file) -> str:
+        """SHA-256 of a file's content. A file of this machine that has not changed since is not read again."""
+        stamp = None
+        if not is_remote(source) and not is_data_url(source):
+            stat = os.fstat(file.fileno())
+            stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            if stamp in self._digests:
+                return self._digests[stamp]
+        digest = hashlib.sha256()
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+        file.seek(0)
+        if stamp is not None:
+            self._digests[stamp] = digest.hexdigest()
+            if len(self._digests) > MAX_DIGESTS:
+                self._digests.popitem(last=False)
+        return digest.hexdigest()
+
+    def read(self, medium: OpenedMedium) -> Generator[dict[str, Any]]:
+        """
+        Yields the arguments of `encode_video` for an image, or for each segment of a video.
+
+        Raises:
+            [`RequestError`]: for what cannot be read.
+        """
+        if medium.named.kind == "image":
+            inputs = self.processor.image_processor(images=[self._read_image(medium)], return_tensors="pt")
+            yield {"pixel_values_videos": inputs["pixel_values"], "video_grid_thw": inputs["image_grid_thw"]}
+            return
+        try:
+            for segment in self.processor.iter_video_segments(medium, progress=False, **medium.named.options):
+                yield dict(segment)
+        except (KeyError, MemoryError, OSError, TypeError, ValueError) as error:
+            raise medium.refuse(str(error)) from error
+
+    def _read_image(self, medium: OpenedMedium) -> PIL.Image.Image:
+        try:
+            image = PIL.Image.open(medium, formats=self.image_formats)  # type: ignore[arg-type]
+            if image.width * image.height <= MAX_IMAGE_PIXELS:
+                return PIL.ImageOps.exif_transpose(image).convert("RGB")
+        except Exception as error:  # of whatever kind: each format of Pillow has its own
+            formats = ", ".join(self.image_formats)
+            raise medium.refuse(f"could not read {medium!r} as an image. Known formats are {formats}.") from error
+        raise medium.refuse(f"{medium!r} is an image of more than {MAX_IMAGE_PIXELS:,} pixels.")
