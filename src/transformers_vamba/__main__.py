@@ -29,10 +29,15 @@ class ServedProcessor(AutoProcessor):
         return (VambaProcessor if is_vamba else AutoProcessor).from_pretrained(path, **options)
 
 
-if __name__ == "__main__":
+def register() -> None:
+    """Puts Vamba's classes where the server looks for those of a checkpoint."""
     transformers.VambaForConditionalGeneration = VambaForConditionalGeneration
     transformers.AutoProcessor = ServedProcessor
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[VambaConfig.model_type] = VambaForConditionalGeneration.__name__
+
+
+if __name__ == "__main__":
+    register()
     if is_serve_available():  # or Transformers' own command says what to install
         from .serving.command import serve
 

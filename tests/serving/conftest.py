@@ -7,13 +7,11 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-import transformers
 from synthetic_videos import sample_video, write_mp4
 from tiny_vamba import TINY_CHECKPOINT
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.import_utils import is_serve_available
 
-import transformers_vamba
+from transformers_vamba.__main__ import register
 
 
 if not is_serve_available():
@@ -31,13 +29,7 @@ def serving(monkeypatch, **options):
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setitem(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "vamba", "VambaForConditionalGeneration")
-    monkeypatch.setattr(
-        transformers,
-        "VambaForConditionalGeneration",
-        transformers_vamba.VambaForConditionalGeneration,
-        raising=False,
-    )
+    register()
     monkeypatch.setattr(chat_completion, "ChatCompletionHandler", chat_completion.ChatCompletionHandler)
     monkeypatch.setattr(server, "build_server", server.build_server)  # `serve` replaces both
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -21,6 +21,7 @@ from ..modeling_vamba import VambaForConditionalGeneration
 from ..video.download import SourceLimits
 from .answering import Answering, Question
 from .errors import RequestError, describe_failure
+from .index import VideoFolder, VideoMemory
 from .media import MediaReader
 from .requests import (
     ChatRequest,
@@ -47,8 +48,8 @@ class ServingOptions:
     Args:
         limits ([`SourceLimits`]): What may be opened.
         video_memory_bytes (`int`, *optional*):
-            Of processed videos in memory. By default half of what is free on the GPU once the model is loaded, and 4
-            GiB on a CPU.
+            Of processed videos in memory. By default three quarters of what is free on the GPU once the model is
+            loaded, and 4 GiB on a CPU.
         video_folder (`Path`, *optional*): Where processed videos are kept as well.
         video_folder_bytes (`int`): Of the files in that folder.
     """
@@ -77,15 +78,12 @@ class VambaChatCompletionHandler(ChatCompletionHandler):
             raise ValueError(f"{self.name!r} is a {type(self.model).__name__}, no Vamba: use `transformers serve`.")
         submit = self.generation_state.get_manager(path).submit
         self.reader = MediaReader(self.processor, options.limits)
-        self.videos = ProcessedVideos(
-            self.model,
-            self.reader,
-            submit,
-            fingerprint_model(self.model, self.processor, self.name),
-            self._video_memory_bytes(),
-            options.video_folder,
-            options.video_folder_bytes,
-        )
+        fingerprint = fingerprint_model(self.model, self.processor, self.name)
+        memory = VideoMemory(self._video_memory_bytes())
+        folder = None
+        if options.video_folder is not None:
+            folder = VideoFolder(options.video_folder, options.video_folder_bytes)
+        self.videos = ProcessedVideos(self.model, self.reader, submit, fingerprint, memory, folder)
         self.answering = Answering(self.model, self.processor, submit)
         self._threads = ThreadPoolExecutor(OPENING_THREADS, "open")
 
@@ -93,7 +91,7 @@ class VambaChatCompletionHandler(ChatCompletionHandler):
         if self.options.video_memory_bytes is not None:
             return self.options.video_memory_bytes
         if self.model.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.model.device)[0] // 2
+            return torch.cuda.mem_get_info(self.model.device)[0] * 3 // 4
         return CPU_VIDEO_BYTES
 
     async def handle_request(self, body: dict, request_id: str) -> StreamingResponse | JSONResponse:

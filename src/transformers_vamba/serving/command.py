@@ -41,9 +41,9 @@ def make_options(
     video_memory_gib: Annotated[
         float | None,
         typer.Option(
-            help="Memory for videos that have been processed, in GiB. By default half of the GPU memory that is free "
-            "once the model is loaded; on a CPU, 4.",
-            min=0.0,
+            help="Memory for processed videos, in GiB. By default three quarters of the GPU memory that is free once "
+            "the model is loaded; on a CPU, 4. A video that takes more is refused.",
+            min=0.001,
         ),
     ] = None,
     video_folder: Annotated[

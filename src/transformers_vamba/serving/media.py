@@ -65,8 +65,9 @@ class OpenedMedium:
     def close(self) -> None:
         self.stack.close()
 
-    def refuse(self, reason) -> RequestError:
-        return RequestError(f"`{self.named.place}`: {reason}", self.named.place, "invalid_media")
+
+def refuse(named: NamedMedium, reason: str) -> RequestError:
+    return RequestError(f"`{named.place}`: {reason}", named.place, "invalid_media")
 
 
 class MediaReader:
@@ -97,24 +98,25 @@ class MediaReader:
         return opened
 
     def _open(self, named: NamedMedium) -> OpenedMedium:
+        is_local = not is_remote(named.source) and not is_data_url(named.source)
+        if is_local and not self.limits.allow_local:
+            raise refuse(
+                named,
+                f"this server opens no paths, and got {named.name}. Send the content as a data: URL, give an http or "
+                "https URL, or start the server with --media-root.",
+            )
         with ExitStack() as stack:
             try:
                 file = stack.enter_context(open_source(named.source, self.limits))
                 digest = self._digest(named.source, file)
             except FileNotFoundError as error:
-                raise self._refuse(named, str(error)) from error
+                # One answer for all that is no file within the folder, wherever it may be.
+                reason = f"there is no file {named.name} within the server's --media-root."
+                raise refuse(named, reason) from error
             except (HTTPException, OSError, ValueError) as error:
-                reason = f"could not open {named.name}: {describe_error(error)}"
-                raise self._refuse(named, reason) from error
+                reason = f"could not open {named.name}: {describe_error(error)}."
+                raise refuse(named, reason) from error
             return OpenedMedium(named, file, digest, stack.pop_all())
-
-    def _refuse(self, named: NamedMedium, reason: str) -> RequestError:
-        is_local = not is_remote(named.source) and not is_data_url(named.source)
-        if is_local and not self.limits.allow_local:
-            reason += ". Send the content as a data: URL, or start the server with --media-root"
-        elif is_local and self.limits.media_root is not None:
-            reason += " Paths are those within the server's --media-root."
-        return RequestError(f"`{named.place}`: {reason}", named.place, "invalid_media")
 
     def _digest(self, source: str, file) -> str:
         """SHA-256 of a file's content. A file of this machine that has not changed since is not read again."""
@@ -125,6 +127,7 @@ class MediaReader:
             if stamp in self._digests:
                 return self._digests[stamp]
         digest = hashlib.sha256()
+        file.seek(0)  # a download is at its end
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
         file.seek(0)
@@ -149,14 +152,16 @@ class MediaReader:
             for segment in self.processor.iter_video_segments(medium, progress=False, **medium.named.options):
                 yield dict(segment)
         except (KeyError, MemoryError, OSError, TypeError, ValueError) as error:
-            raise medium.refuse(str(error)) from error
+            raise refuse(medium.named, str(error)) from error
 
     def _read_image(self, medium: OpenedMedium) -> PIL.Image.Image:
         try:
             image = PIL.Image.open(medium, formats=self.image_formats)  # type: ignore[arg-type]
             if image.width * image.height <= MAX_IMAGE_PIXELS:
                 return PIL.ImageOps.exif_transpose(image).convert("RGB")
+        except PIL.Image.DecompressionBombError:
+            pass
         except Exception as error:  # of whatever kind: each format of Pillow has its own
-            formats = ", ".join(self.image_formats)
-            raise medium.refuse(f"could not read {medium!r} as an image. Known formats are {formats}.") from error
-        raise medium.refuse(f"{medium!r} is an image of more than {MAX_IMAGE_PIXELS:,} pixels.")
+            reason = f"could not read {medium!r} as an image. Known formats are {', '.join(self.image_formats)}."
+            raise refuse(medium.named, reason) from error
+        raise refuse(medium.named, f"{medium!r} is an image of more than {MAX_IMAGE_PIXELS:,} pixels.")

@@ -15,13 +15,14 @@ from .errors import RequestError
 
 
 MAX_MEDIA = 64  # images and videos of a request
+MAX_EDGE, MAX_PIXELS = 4096, 2**22  # of a frame, of those that a request may ask for
 TEMPLATE_OPTIONS = ("add_vision_id",)
 # Of a message that a client sends back as it got it. They say nothing to the model.
 IGNORED_OF_MESSAGES = {"name", "reasoning_content"}
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Fields = TypeVar("Fields", bound=BaseModel)
-Nothing = Annotated[list, Field(max_length=0)]
+Nothing = Annotated[list[None], Field(max_length=0)]
 
 
 class Message(BaseModel):
@@ -103,6 +104,29 @@ class GenerationOptions(BaseModel):
     typical_p: float | None = Field(None, gt=0, le=1)
 
 
+class FrameSize(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    shortest_edge: int = Field(ge=1, le=MAX_EDGE)
+    longest_edge: int = Field(ge=1, le=MAX_EDGE)
+
+
+class VideoOptions(BaseModel):
+    """What a request may say of how a video is read, in bounds that no frame fills the memory."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    fps: float | None = Field(None, gt=0, le=1000)
+    num_frames: int | None = Field(None, ge=1)
+    nframes: int | None = Field(None, ge=1)
+    min_frames: int | None = Field(None, ge=1)
+    max_frames: int | None = Field(None, ge=1)
+    min_pixels: int | None = Field(None, ge=1, le=MAX_PIXELS)
+    max_pixels: int | None = Field(None, ge=1, le=MAX_PIXELS)
+    size: FrameSize | None = None
+    on_damage: Literal["raise", "skip"] | None = None
+
+
 def read_request(body: dict) -> ChatRequest:
     """The request in a body of JSON."""
     return validate(ChatRequest, body)
@@ -115,37 +139,33 @@ def read_generation_options(request: ChatRequest) -> dict:
         given = json.loads(given) if isinstance(given, str) else given or {}
     except ValueError as error:
         raise RequestError(f"`generation_config` is no JSON: {error}.", "generation_config") from error
-    options = validate(GenerationOptions, given, ("generation_config",))
+    options = validate(GenerationOptions, given, "generation_config")
     return options.model_dump(exclude_none=True, exclude={"transformers_version"})
 
 
-def validate(kind: type[Fields], content, place: tuple = ()) -> Fields:
-    """The fields in content of JSON; a [`RequestError`] names the first one that is wrong."""
+def validate(kind: type[Fields], content, place: str = "") -> Fields:
+    """The fields in content of JSON; a [`RequestError`] names the first one that is wrong, after `place`."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:
         # Where a field takes one of several types, the one that comes closest is the deepest.
         wrong = max(error.errors(include_url=False), key=lambda each: len(each["loc"]))
-        name = name_field((*place, *wrong["loc"]))
+        name = name_field(wrong["loc"], content, place)
         if wrong["type"] == "extra_forbidden":
-            known = ", ".join(kind.model_fields)
-            raise RequestError(f"Unknown field `{name}`. Known are {known}.", name) from None
+            raise RequestError(f"There is no field `{name}`.", name) from None
         if wrong["type"] == "missing":
+            name = f"{name}.{wrong['loc'][-1]}".lstrip(".")
             raise RequestError(f"The request lacks `{name}`.", name) from None
         raise RequestError(f"`{name}`: {wrong['msg']}, got {describe_value(wrong['input'])}.", name) from None
 
 
-def name_field(location: tuple) -> str:
-    """The name of a field, as `messages[0].content`."""
-    fields = {*ChatRequest.model_fields, *Message.model_fields, *GenerationOptions.model_fields}
-    name, last = "", None
+def name_field(location: tuple, content: Any, name: str) -> str:
+    """The name of a field, as `messages[0].content`. Parts that are not there say which of several types was tried."""
     for part in location:
         if isinstance(part, int):
-            name += f"[{part}]"
-        # Names of types among them say which of several was tried.
-        elif part in fields or last is None or last == "logit_bias":
-            name += f".{part}" if name else part
-        last = part
+            name, content = f"{name}[{part}]", content[part]
+        elif isinstance(content, dict) and part in content:
+            name, content = f"{name}.{part}" if name else part, content[part]
     return name
 
 
@@ -208,6 +228,8 @@ def read_conversation(request: ChatRequest, server_options: dict) -> Conversatio
             f"`chat_template_kwargs` may set {', '.join(sorted(known))}, got {', '.join(unknown)}.",
             "chat_template_kwargs",
         )
+    videos = {name: value for name, value in given.items() if name in OPTIONS_OF_VIDEOS}
+    validate(VideoOptions, videos, "chat_template_kwargs")
     options = join_options(server_options, given)
     video_options = {OPTIONS_OF_VIDEOS[name]: value for name, value in options.items() if name in OPTIONS_OF_VIDEOS}
     template_options = {name: value for name, value in options.items() if name not in OPTIONS_OF_VIDEOS}
@@ -257,6 +279,7 @@ def read_part(part: dict, name: str, video_options: dict) -> dict | NamedMedium:
     else:
         source, options = plain.get("video"), video_options
         if isinstance(source, VideoWithOptions):
+            validate(VideoOptions, source.options, name)
             source, options = source.video, join_options(options, source.options)
     if not isinstance(source, str) or not source:
         given = "none" if source is None else describe_value(source)

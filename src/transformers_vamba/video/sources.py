@@ -249,12 +249,13 @@ def decode_data_url(source: str, limits: SourceLimits) -> bytes:
     if len(data) > 2 * limits.max_bytes:
         raise ValueError(f"it is larger than {limits.max_bytes:,} bytes, the limit (`max_bytes`)")
     content = unquote_to_bytes(data)
-    if not header.lower().endswith(";base64"):
-        return content
-    try:
-        return base64.b64decode(content, validate=False)
-    except binascii.Error as error:
-        raise ValueError(f"its base64 is damaged: {error}") from error
+    if header.lower().endswith(";base64"):
+        try:
+            content = base64.b64decode(content, validate=False)
+        except binascii.Error as error:
+            raise ValueError(f"its base64 is damaged: {error}") from error
+    Copied(limits).check_size(len(content))
+    return content
 
 
 @contextmanager
