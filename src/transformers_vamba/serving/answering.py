@@ -17,6 +17,8 @@ from ..processing_vamba import VambaProcessor
 
 
 MAX_ROWS = 16  # questions that are answered at a time
+# How long a batch waits for as many questions as the last one had: those who got their answers together ask together.
+GATHERING_SECONDS = 0.02
 
 
 class Question:
@@ -44,6 +46,7 @@ class Question:
         self.num_tokens = 0
         self.finish_reason: str | None = None  # "stop" or "length"
         self.is_cancelled = False
+        self._settings = config.to_dict() | {"max_new_tokens": None}  # each row has its own
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[str | Exception | None] = asyncio.Queue()
         self._held = ""  # text that may be the beginning of a stop string
@@ -55,10 +58,8 @@ class Question:
 
     def can_go_with(self, other: "Question") -> bool:
         """Whether one call of `generate` can answer both."""
-        if self.cache is not other.cache or self.seed is not None or other.seed is not None:
-            return False
-        own_length = {"max_new_tokens": None}
-        return self.config.to_dict() | own_length == other.config.to_dict() | own_length
+        has_seed = self.seed is not None or other.seed is not None
+        return not has_seed and self.cache is other.cache and self._settings == other._settings
 
     def cancel(self) -> None:
         """Ends the answer: nobody reads it."""
@@ -153,27 +154,34 @@ class Answering:
     def __init__(self, model: PreTrainedModel, processor: VambaProcessor, submit: Callable):
         self.model, self.tokenizer, self.submit = model, processor.tokenizer, submit
         self._waiting: list[Question] = []
-        self._lock = threading.Lock()
+        self._num_rows = 1  # of the last batch
+        self._changed = threading.Condition()
 
     def ask(self, question: Question) -> None:
-        with self._lock:
+        with self._changed:
             self._waiting.append(question)
+            self._changed.notify_all()
         self.submit(self._answer_next)
 
     def _answer_next(self) -> None:
         """Answers the question that has waited for longest, and what can go with it."""
-        with self._lock:
+        with self._changed:
             self._waiting = [question for question in self._waiting if not question.is_cancelled]
             if not self._waiting:  # answered with another one
                 return
             first = self._waiting[0]
-            batch = [first, *filter(first.can_go_with, self._waiting[1:])][:MAX_ROWS]
+            self._changed.wait_for(lambda: len(self._batch_of(first)) >= self._num_rows, GATHERING_SECONDS)
+            batch = self._batch_of(first)
+            self._num_rows = len(batch)
             self._waiting = [question for question in self._waiting if question not in batch]
         try:
             self._answer(batch)
         except Exception as error:
             for question in batch:
                 question.fail(error)
+
+    def _batch_of(self, first: Question) -> list[Question]:
+        return [question for question in self._waiting if question is first or first.can_go_with(question)][:MAX_ROWS]
 
     def _answer(self, batch: list[Question]) -> None:
         first, device = batch[0], self.model.device
