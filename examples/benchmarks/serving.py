@@ -4,14 +4,14 @@
     python examples/benchmarks/serving.py --frames 1024 --clients 16 --output results
 
 Starts `python -m transformers_vamba serve` in a process of its own, on a port of the loopback, and asks it with
-OpenAI's client. On a GPU the model has random weights of the 7B shapes, and a tokenizer with a word for each token; its
-video has frames of 640x360. On a CPU it is the tiny model that comes with the repository. Every answer has
+OpenAI's client. On a GPU the model has random weights of the 7B shapes, and a tokenizer with a word for each token;
+its video has frames of 640x360. On a CPU it is the tiny model that comes with the repository. Every answer has
 `--new-tokens` tokens.
 
-"Further" are questions about a video that has been asked about before, streamed; times are medians. The mixed load is of
-questions about that video, four short ones, an image and nothing, half of them streamed. "Failed" are answers that are
-missing or too short. Memory is that of the server's process, and of the whole GPU, after a fifth of them and at the end.
-`serving.md` and `.json` go to the output folder.
+"Further" are questions about a video that has been asked about before, streamed; times are medians. The mixed load is
+of questions about that video, four short ones, an image and nothing, half of them streamed. "Failed" are answers that
+are missing or too short. Memory is that of the server's process, and of the whole GPU, after a fifth of the load and
+at its end. `serving.md` and `.json` go to the output folder.
 """
 
 import argparse
