@@ -4,14 +4,19 @@
 import io
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 
 import openai
 import PIL.Image
 import pytest
+import typer
 from asking import QUESTION, answer, ask, data_url, image, text, video
 from tiny_vamba import TINY_CHECKPOINT
+
+from transformers_vamba.__main__ import register
+from transformers_vamba.serving.command import serve
 
 
 def post(server, body) -> tuple[int, dict]:
@@ -291,3 +296,18 @@ def test_no_memory_left(server, monkeypatch):
     monkeypatch.setattr(server.handler.model, "generate", fail)
     status, body = post(server, {"messages": [{"role": "user", "content": "What?"}]})
     assert status == 503 and body["error"]["code"] == "out_of_memory"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"force_model": None}, "name the model"),
+        ({"allowed_hosts": "http://nas.local"}, "hosts without scheme and port, got 'http://nas.local'"),
+        ({"allowed_hosts": "nas.local,10.0.0.7:8080"}, "hosts without scheme and port, got '10.0.0.7:8080'"),
+        ({"chat_template_kwargs": '{"fps": 0}'}, "`--chat-template-kwargs.fps`: Input should be greater than 0"),
+    ],
+)
+def test_wrong_options_of_the_server(options, message):
+    register()
+    with pytest.raises((typer.BadParameter, ValueError), match=re.escape(message)):
+        serve(**{"force_model": str(TINY_CHECKPOINT), "device": "cpu", **options})

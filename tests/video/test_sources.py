@@ -304,9 +304,9 @@ def test_a_media_root(processor, video_file, tmp_path):
         assert torch.equal(read_both(processor, name), expected)
     refused = ["../secret.mp4", "../missing.mp4", "missing.mp4", "link.mp4", "pipe.mp4", "inner", video_file, "/etc"]
     for name in [*refused, (tmp_path / "secret.mp4").as_uri(), "nothing\0.mp4"]:
-        for read in (lambda: processor(videos=[name]), lambda: next(processor.iter_video_segments(name))):
+        for read in (lambda name: processor(videos=[name]), lambda name: next(processor.iter_video_segments(name))):
             with pytest.raises(FileNotFoundError) as caught:
-                read()
+                read(name)
             assert str(caught.value) == f"Expected the path or the file, http or https URL of a video, got {name!r}."
 
 

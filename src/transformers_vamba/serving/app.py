@@ -74,7 +74,7 @@ class WatchedRequests:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body = b""
+        body = bytearray()
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -85,7 +85,7 @@ class WatchedRequests:
                 return
             if not message.get("more_body"):
                 break
-        messages = [{"type": "http.request", "body": body}]
+        messages = [{"type": "http.request", "body": bytes(body)}]
         has_left = asyncio.Event()
 
         async def replay() -> dict:

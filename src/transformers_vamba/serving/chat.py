@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..modeling_vamba import VambaForConditionalGeneration
 from ..video.download import SourceLimits
+from ..video.sources import is_remote
 from .answering import Answering, Question
 from .errors import RequestError, describe_failure
 from .index import VideoFolder, VideoMemory
@@ -26,6 +27,7 @@ from .media import MediaReader
 from .requests import (
     ChatRequest,
     Conversation,
+    check_server_options,
     describe_value,
     read_conversation,
     read_generation_options,
@@ -36,7 +38,7 @@ from .videos import ProcessedVideos, fingerprint_model
 
 logger = logging.get_logger(__name__)
 
-OPENING_THREADS = 32  # downloads at a time
+DOWNLOADS = 32  # at a time
 CPU_VIDEO_BYTES = 2**32  # kept in memory by default
 
 
@@ -71,6 +73,7 @@ class VambaChatCompletionHandler(ChatCompletionHandler):
 
     def __init__(self, options: ServingOptions, **kwargs: Any):
         super().__init__(**kwargs)
+        check_server_options(self.chat_template_kwargs)
         self.options, self.name = options, self.model_manager.force_model
         path = self.model_manager.process_model_name(self.name)
         self.model, self.processor = self.model_manager.load_model_and_processor(path)
@@ -85,7 +88,7 @@ class VambaChatCompletionHandler(ChatCompletionHandler):
             folder = VideoFolder(options.video_folder, options.video_folder_bytes)
         self.videos = ProcessedVideos(self.model, self.reader, submit, fingerprint, memory, folder)
         self.answering = Answering(self.model, self.processor, submit)
-        self._threads = ThreadPoolExecutor(OPENING_THREADS, "open")
+        self._downloads = ThreadPoolExecutor(DOWNLOADS, "download")
 
     def _video_memory_bytes(self) -> int:
         if self.options.video_memory_bytes is not None:
@@ -111,11 +114,13 @@ class VambaChatCompletionHandler(ChatCompletionHandler):
             raise RequestError(message, "model", "model_not_found")
         conversation = read_conversation(request, self.chat_template_kwargs)
         loop = asyncio.get_running_loop()
-        input_ids = await loop.run_in_executor(self._threads, self._tokenize, conversation)
+        input_ids = await asyncio.to_thread(self._tokenize, conversation)
         config = self._make_config(request, len(input_ids))
         cache, num_cached = None, 0
         if conversation.media:
-            media = await loop.run_in_executor(self._threads, self.reader.open, conversation.media)
+            # Downloads have threads of their own: all others go on while they are slow.
+            threads = self._downloads if any(is_remote(medium.source) for medium in conversation.media) else None
+            media = await loop.run_in_executor(threads, self.reader.open, conversation.media)
             cache, num_cached = await self.videos.get(media)
         num_prompt_tokens = len(input_ids) + (0 if cache is None else sum(cache.video_lengths))
         question = Question(input_ids, cache, config, request.stop_strings, request.seed)

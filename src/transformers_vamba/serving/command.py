@@ -53,7 +53,10 @@ def make_options(
     video_folder_gib: Annotated[float, typer.Option(help="Greatest size of that folder, in GiB.", min=0.0)] = 100.0,
 ) -> ServingOptions:
     """What the options of the command line mean."""
-    hosts = frozenset(host.strip().lower() for host in (allowed_hosts or "").split(",") if host.strip())
+    hosts = frozenset(host.strip().lower().strip("[]") for host in (allowed_hosts or "").split(",") if host.strip())
+    for host in hosts:
+        if "/" in host or host.count(":") == 1:
+            raise typer.BadParameter(f"--allowed-hosts takes hosts without scheme and port, got {host!r}")
     limits = SourceLimits(
         max_bytes=max_media_mib * MIB,
         max_seconds=media_timeout,

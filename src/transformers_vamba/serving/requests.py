@@ -251,6 +251,12 @@ def read_conversation(request: ChatRequest, server_options: dict) -> Conversatio
     return Conversation(messages, media, template_options)
 
 
+def check_server_options(options: dict) -> None:
+    """Raises a [`RequestError`] for options of videos, in the server's own `chat_template_kwargs`, that are wrong."""
+    videos = {name: value for name, value in options.items() if name in OPTIONS_OF_VIDEOS}
+    validate(VideoOptions, videos, "--chat-template-kwargs")
+
+
 def join_options(defaults: dict, given: dict) -> dict:
     """Options of videos, where one that is given takes the place of a default. Of rate and number one remains."""
     sampling = {"fps", "num_frames", "nframes"}
