@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Videos are encoded once, kept within a budget, and given up when nobody waits for them."""
 
+import http.server
 import json
 import shutil
 import socket
@@ -219,3 +220,44 @@ def test_a_video_that_nobody_waits_for_is_given_up(start, media_root, monkeypatc
         wait_until(encoding.task.done, "it ends")
         assert len(server.encoded) < 8 and not server.handler.videos._encodings
         assert answer(ask(server, video("movement.mp4"), text(QUESTION.text))) == QUESTION.answer
+
+
+class VersionedFile(http.server.BaseHTTPRequestHandler):
+    """`server.content` under the ETag `server.version`; `server.statuses` are those of the answers."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        is_known = self.headers.get("If-None-Match") == self.server.version
+        content = b"" if is_known else self.server.content
+        self.server.statuses.append(304 if is_known else 200)
+        self.send_response(self.server.statuses[-1])
+        self.send_header("ETag", self.server.version)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def test_a_url_is_downloaded_again_only_if_it_has_changed(start, media_root, decoded):
+    with (
+        start(allowed_hosts="127.0.0.1") as server,
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), VersionedFile) as files,
+    ):
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        files.statuses, files.version = [], '"1"'
+        files.content = (media_root / "sequence.mp4").read_bytes()
+        part = video(f"http://127.0.0.1:{files.server_port}/video.mp4")
+        first = [answer(ask(server, part, text(QUESTION.text))) for _ in range(2)]
+        assert files.statuses == [200, 304] and len(decoded) == 1 and first[0] == first[1]
+        # What was forgotten in between is downloaded again.
+        server.handler.videos.memory._caches.clear()
+        server.handler.videos.memory._sizes.clear()
+        assert answer(ask(server, part, text(QUESTION.text))) == first[0]
+        assert files.statuses[2:] == [304, 200]
+        files.version, files.content = '"2"', (media_root / "movement.mp4").read_bytes()
+        assert answer(ask(server, part, text(QUESTION.text))) == QUESTION.answer
+        assert set(files.statuses[4:]) == {200}
+        assert answer(ask(server, part, text(QUESTION.text))) == QUESTION.answer
+        assert files.statuses[-1] == 304
+        files.shutdown()

@@ -6,15 +6,15 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Generator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from http.client import HTTPException
-from typing import Any
+from typing import Any, BinaryIO
 
 import PIL.Image
 import PIL.ImageOps
 
 from ..processing_vamba import VambaProcessor
-from ..video.download import SourceLimits
+from ..video.download import SourceLimits, download_version, is_unchanged
 from ..video.sources import describe_error, is_data_url, is_remote, open_source
 from .errors import RequestError
 from .requests import NamedMedium
@@ -24,21 +24,21 @@ from .requests import NamedMedium
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
 MAX_IMAGE_PIXELS = 2**26
 CHUNK_BYTES = 2**20
-MAX_DIGESTS = 4096
+MAX_KNOWN = 4096
 
 
 class OpenedMedium:
     """
-    An image or a video whose file is open.
+    An image or a video whose file is open, or of a URL, whose content is known and has not changed.
 
     Args:
         named ([`NamedMedium`]): What the request says of it.
-        file (`BinaryIO`): The file.
+        file (`BinaryIO`, *optional*): The file. `None` where it would have to be downloaded again.
         digest (`str`): Of its content.
         stack (`ExitStack`): Closes the file.
     """
 
-    def __init__(self, named: NamedMedium, file, digest: str, stack: ExitStack):
+    def __init__(self, named: NamedMedium, file: BinaryIO | None, digest: str, stack: ExitStack):
         self.named, self.file, self.digest, self.stack = named, file, digest, stack
 
     # What stands for the file in errors of its reader, and what the reader needs of it.
@@ -46,12 +46,15 @@ class OpenedMedium:
         return self.named.name
 
     def read(self, size: int = -1) -> bytes:
+        assert self.file is not None
         return self.file.read(size)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        assert self.file is not None
         return self.file.seek(offset, whence)
 
     def tell(self) -> int:
+        assert self.file is not None
         return self.file.tell()
 
     def seekable(self) -> bool:
@@ -70,6 +73,14 @@ def refuse(named: NamedMedium, reason: str) -> RequestError:
     return RequestError(f"`{named.place}`: {reason}", named.place, "invalid_media")
 
 
+def remember(known: OrderedDict, key, value) -> None:
+    """Notes what is known of content, of the last `MAX_KNOWN` alone."""
+    known[key] = value
+    known.move_to_end(key)
+    if len(known) > MAX_KNOWN:
+        known.popitem(last=False)
+
+
 class MediaReader:
     """
     Opens and reads what requests name. Its methods block, and may be called from several threads.
@@ -84,6 +95,7 @@ class MediaReader:
         PIL.Image.init()
         self.image_formats = [name for name in IMAGE_FORMATS if name in PIL.Image.OPEN]
         self._digests: OrderedDict[tuple, str] = OrderedDict()  # of files of this machine
+        self._versions: OrderedDict[str, tuple[str, str]] = OrderedDict()  # of URLs: version and digest
 
     def open(self, media: list[NamedMedium]) -> list[OpenedMedium]:
         """Opens images and videos, all or none. Raises a [`RequestError`] for one that cannot be had."""
@@ -107,8 +119,16 @@ class MediaReader:
             )
         with ExitStack() as stack:
             try:
-                file = stack.enter_context(open_source(named.source, self.limits))
+                version, digest = self._versions.get(named.source, (None, ""))
+                if version is not None and is_unchanged(named.source, version, self.limits):
+                    return OpenedMedium(named, None, digest, stack.pop_all())
+                if is_remote(named.source):
+                    file, version = stack.enter_context(download_version(named.source, self.limits))
+                else:
+                    file = stack.enter_context(open_source(named.source, self.limits))
                 digest = self._digest(named.source, file)
+                if version is not None:
+                    remember(self._versions, named.source, (version, digest))
             except FileNotFoundError as error:
                 # One answer for all that is no file within the folder, wherever it may be.
                 reason = f"there is no file {named.name} within the server's --media-root."
@@ -132,9 +152,7 @@ class MediaReader:
             digest.update(chunk)
         file.seek(0)
         if stamp is not None:
-            self._digests[stamp] = digest.hexdigest()
-            if len(self._digests) > MAX_DIGESTS:
-                self._digests.popitem(last=False)
+            remember(self._digests, stamp, digest.hexdigest())
         return digest.hexdigest()
 
     def read(self, medium: OpenedMedium) -> Generator[dict[str, Any]]:
@@ -144,6 +162,13 @@ class MediaReader:
         Raises:
             [`RequestError`]: for what cannot be read.
         """
+        if medium.file is None:  # its cache is gone
+            self._versions.pop(medium.named.source, None)
+            with closing(self._open(medium.named)) as downloaded:
+                if downloaded.digest != medium.digest:
+                    raise refuse(medium.named, f"{medium!r} has changed while it was read. Ask again.")
+                yield from self.read(downloaded)
+            return
         if medium.named.kind == "image":
             inputs = self.processor.image_processor(images=[self._read_image(medium)], return_tensors="pt")
             yield {"pixel_values_videos": inputs["pixel_values"], "video_grid_thw": inputs["image_grid_thw"]}

@@ -243,6 +243,18 @@ def download(url: str, limits: SourceLimits) -> Iterator[BinaryIO]:
     Raises:
         `OSError`, `HTTPException`, `ValueError`: when it cannot be had whole, or is past the limits.
     """
+    with download_version(url, limits) as (file, _):
+        yield file
+
+
+@contextmanager
+def download_version(url: str, limits: SourceLimits) -> Iterator[tuple[BinaryIO, str | None]]:
+    """
+    As [`download`], with the ETag or the date by which [`is_unchanged`] knows this version; `None` without either.
+
+    Raises:
+        `OSError`, `HTTPException`, `ValueError`: when it cannot be had whole, or is past the limits.
+    """
     copied = Copied(limits)
     with TemporaryFile() as file:
         partial = PartialDownload(url, file, copied)
@@ -255,4 +267,14 @@ def download(url: str, limits: SourceLimits) -> Iterator[BinaryIO]:
                     raise ValueError(partial.describe(error)) from error
                 copied.check_time()
                 time.sleep(FIRST_PAUSE * 2**attempt)
-        yield file
+        yield file, partial.validator
+
+
+def is_unchanged(url: str, version: str, limits: SourceLimits) -> bool:
+    """Whether a URL still has the content of a version that [`download_version`] gave."""
+    header = "If-None-Match" if version.startswith('"') else "If-Modified-Since"
+    try:
+        open_url(url, limits, {header: version}).close()
+    except HTTPError as error:
+        return error.code == 304
+    return False

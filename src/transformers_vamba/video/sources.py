@@ -14,6 +14,7 @@ from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
+from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, unquote_to_bytes
 
 from .container import DamageError
@@ -147,6 +148,8 @@ def describe_error(error: Exception) -> str:
         return f"its frames do not fit in memory ({error or 'no memory is left'})"
     if isinstance(error, DamageError):
         return f"{error}. With `on_damage='skip'` the frames that can be decoded are taken"
+    if isinstance(error, URLError) and not isinstance(error, HTTPError):
+        error = error.reason if isinstance(error.reason, Exception) else error
     if isinstance(error, OSError) and error.filename and error.strerror:
         return error.strerror  # without the path, which the one who asked may not know
     return error.strerror if isinstance(error, av.FFmpegError) and error.strerror else str(error)
