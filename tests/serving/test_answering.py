@@ -5,6 +5,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from asking import QUESTION, answer, ask, text, video
 
 from transformers_vamba.serving import answering
@@ -89,6 +90,22 @@ def test_a_batch_has_a_greatest_size(server, held, monkeypatch):
     answers, rows = held(*[one] * 5)
     assert answers == [QUESTION.answer] * 5
     assert sum(rows) == 5 and max(rows) == 2
+
+
+def test_a_batch_that_does_not_fit_is_answered_one_by_one(server, held, monkeypatch):
+    generate, rows = server.handler.model.generate, []
+
+    def small(*args, **kwargs):
+        rows.append(len(kwargs["input_ids"]))
+        if rows[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(server.handler.model, "generate", small)
+    one = lambda: answer(ask(server, video("movement.mp4"), text(QUESTION.text)))  # noqa: E731
+    answers, _ = held(*[one] * 4)
+    assert answers == [QUESTION.answer] * 4
+    assert sorted(rows)[:4] == [1] * 4 and max(rows) > 1
 
 
 @pytest.mark.parametrize(

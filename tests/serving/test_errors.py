@@ -227,6 +227,7 @@ def test_wrong_options_of_a_video(server, options, message):
         ),
         ({"type": "image_url", "image_url": "a.png", "crop": 1}, "an image has no crop"),
         ({"type": "text"}, "needs a string `text`"),
+        ({"type": "text", "text": "What?", "language": "en"}, "a text has no language"),
         ({}, "must be of one of the types text, input_text"),
     ],
 )

@@ -174,9 +174,17 @@ class Answering:
             batch = self._batch_of(first)
             self._num_rows = len(batch)
             self._waiting = [question for question in self._waiting if question not in batch]
+        self._answer_or_fail(batch)
+
+    def _answer_or_fail(self, batch: list[Question]) -> None:
         try:
             self._answer(batch)
         except Exception as error:
+            is_too_large = isinstance(error, torch.OutOfMemoryError) and len(batch) > 1
+            if is_too_large and not any(question.num_tokens for question in batch):
+                for question in batch:
+                    self._answer_or_fail([question])
+                return
             for question in batch:
                 question.fail(error)
 

@@ -4,8 +4,9 @@
 import asyncio
 import copy
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,6 @@ class VambaChatCompletionHandler(ChatCompletionHandler):
             cache, num_cached = await self.videos.get(media)
         num_prompt_tokens = len(input_ids) + (0 if cache is None else sum(cache.video_lengths))
         question = Question(input_ids, cache, config, request.stop_strings, request.seed)
-        self.answering.ask(question)
 
         def usage() -> CompletionUsage:
             return CompletionUsage(
@@ -136,26 +136,31 @@ class VambaChatCompletionHandler(ChatCompletionHandler):
 
         if request.stream:
             return StreamingResponse(self._stream(request_id, question, usage), media_type="text/event-stream")
-        try:
-            content = "".join([piece async for piece in question])
-        finally:
-            question.cancel()  # if nobody waits for it any more
+        content = "".join([piece async for piece in self._answer(question)])
         reason = question.finish_reason
         return JSONResponse(self._build_completion(request_id, content, self.name, reason, usage=usage()))
 
-    async def _stream(self, request_id: str, question: Question, usage) -> AsyncIterator[str]:
+    async def _answer(self, question: Question) -> AsyncGenerator[str]:
+        """The pieces of an answer, which ends if nobody waits for them any more."""
+        self.answering.ask(question)
+        try:
+            async for piece in question:
+                yield piece
+        finally:
+            question.cancel()
+
+    async def _stream(self, request_id: str, question: Question, usage) -> AsyncGenerator[str]:
         """The answer as server-sent events."""
         chunk = {"request_id": request_id, "model": self.name}
         try:
             yield self._build_chunk_sse(role="assistant", **chunk)
-            async for piece in question:
-                yield self._build_chunk_sse(content=piece, **chunk)
+            async with aclosing(self._answer(question)) as pieces:
+                async for piece in pieces:
+                    yield self._build_chunk_sse(content=piece, **chunk)
             yield self._build_chunk_sse(finish_reason=question.finish_reason, usage=usage(), **chunk)
         except Exception as error:
             logger.error("A streamed answer failed.", exc_info=True)
             yield self.chunk_to_sse(json.dumps(describe_failure(error)[1]))
-        finally:
-            question.cancel()
         yield self.chunk_to_sse("[DONE]")
 
     def _tokenize(self, conversation: Conversation) -> list[int]:

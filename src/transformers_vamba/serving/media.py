@@ -4,11 +4,12 @@
 import hashlib
 import json
 import os
+import threading
 from collections import OrderedDict
-from collections.abc import Generator
+from collections.abc import Generator, Hashable
 from contextlib import ExitStack, closing
 from http.client import HTTPException
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import PIL.Image
 import PIL.ImageOps
@@ -25,6 +26,8 @@ IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
 MAX_IMAGE_PIXELS = 2**26
 CHUNK_BYTES = 2**20
 MAX_KNOWN = 4096
+
+Value = TypeVar("Value")
 
 
 class OpenedMedium:
@@ -73,12 +76,23 @@ def refuse(named: NamedMedium, reason: str) -> RequestError:
     return RequestError(f"`{named.place}`: {reason}", named.place, "invalid_media")
 
 
-def remember(known: OrderedDict, key, value) -> None:
-    """Notes what is known of content, of the last `MAX_KNOWN` alone."""
-    known[key] = value
-    known.move_to_end(key)
-    if len(known) > MAX_KNOWN:
-        known.popitem(last=False)
+class Known(Generic[Value]):
+    """What is known of sources, the last `MAX_KNOWN` of them. May be used from several threads."""
+
+    def __init__(self):
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, source: Hashable) -> Value | None:
+        return self._values.get(source)
+
+    def __setitem__(self, source: Hashable, value: Value | None) -> None:
+        with self._lock:
+            self._values.pop(source, None)
+            if value is not None:
+                self._values[source] = value
+            if len(self._values) > MAX_KNOWN:
+                self._values.popitem(last=False)
 
 
 class MediaReader:
@@ -94,8 +108,8 @@ class MediaReader:
         self.processor, self.limits = processor, limits
         PIL.Image.init()
         self.image_formats = [name for name in IMAGE_FORMATS if name in PIL.Image.OPEN]
-        self._digests: OrderedDict[tuple, str] = OrderedDict()  # of files of this machine
-        self._versions: OrderedDict[str, tuple[str, str]] = OrderedDict()  # of URLs: version and digest
+        self._digests = Known[str]()  # of files of this machine, by what changes with their content
+        self._versions = Known[tuple[str, str]]()  # of URLs, and the digest of each
 
     def open(self, media: list[NamedMedium]) -> list[OpenedMedium]:
         """Opens images and videos, all or none. Raises a [`RequestError`] for one that cannot be had."""
@@ -119,16 +133,17 @@ class MediaReader:
             )
         with ExitStack() as stack:
             try:
-                version, digest = self._versions.get(named.source, (None, ""))
-                if version is not None and is_unchanged(named.source, version, self.limits):
-                    return OpenedMedium(named, None, digest, stack.pop_all())
+                known = self._versions[named.source]
+                if known is not None and is_unchanged(named.source, known[0], self.limits):
+                    return OpenedMedium(named, None, known[1], stack.pop_all())
+                version = None
                 if is_remote(named.source):
                     file, version = stack.enter_context(download_version(named.source, self.limits))
                 else:
                     file = stack.enter_context(open_source(named.source, self.limits))
                 digest = self._digest(named.source, file)
                 if version is not None:
-                    remember(self._versions, named.source, (version, digest))
+                    self._versions[named.source] = version, digest
             except FileNotFoundError as error:
                 # One answer for all that is no file within the folder, wherever it may be.
                 reason = f"there is no file {named.name} within the server's --media-root."
@@ -144,15 +159,15 @@ class MediaReader:
         if not is_remote(source) and not is_data_url(source):
             stat = os.fstat(file.fileno())
             stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-            if stamp in self._digests:
-                return self._digests[stamp]
+            if (known := self._digests[stamp]) is not None:
+                return known
         digest = hashlib.sha256()
         file.seek(0)  # a download is at its end
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
         file.seek(0)
         if stamp is not None:
-            remember(self._digests, stamp, digest.hexdigest())
+            self._digests[stamp] = digest.hexdigest()
         return digest.hexdigest()
 
     def read(self, medium: OpenedMedium) -> Generator[dict[str, Any]]:
@@ -163,7 +178,7 @@ class MediaReader:
             [`RequestError`]: for what cannot be read.
         """
         if medium.file is None:  # its cache is gone
-            self._versions.pop(medium.named.source, None)
+            self._versions[medium.named.source] = None
             with closing(self._open(medium.named)) as downloaded:
                 if downloaded.digest != medium.digest:
                     raise refuse(medium.named, f"{medium!r} has changed while it was read. Ask again.")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..messages import IMAGE_KEYS, TEXT_TYPES, find_source, plain_part
+from ..messages import IMAGE_KEYS, find_source, plain_part
 from ..messages import VIDEO_OPTIONS as OPTIONS_OF_VIDEOS
 from ..video.reading import VideoWithOptions
 from ..video.sources import describe_source, is_data_url
@@ -272,8 +272,10 @@ def read_part(part: dict, name: str, video_options: dict) -> dict | NamedMedium:
     except ValueError as error:
         raise RequestError(f"`{name}`: {error}", name) from error
     if plain["type"] == "text":
-        if not isinstance(plain.get("text"), str) or part["type"] not in TEXT_TYPES:
+        if not isinstance(plain.get("text"), str):
             raise RequestError(f"`{name}` needs a string `text`, got {describe_value(part)}.", name)
+        if unknown := sorted(set(plain) - {"type", "text", "annotations", "logprobs"}):
+            raise RequestError(f"`{name}`: a text has no {', '.join(unknown)}.", name)
         return {"type": "text", "text": plain["text"]}
     options: dict = {}
     if plain["type"] == "image":
