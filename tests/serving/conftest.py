@@ -22,16 +22,26 @@ import openai  # noqa: E402
 from transformers_vamba.serving.command import serve  # noqa: E402
 
 
-@contextmanager
-def serving(monkeypatch, **options):
-    """A running server: its `url`, its `handler`, an OpenAI `client`, and what was encoded, by segment."""
+def prepare(monkeypatch) -> None:
+    """What the command does to Transformers, until the end of the test."""
+    import transformers
     from transformers.cli.serving import chat_completion, server
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+    places = [(transformers, "AutoProcessor"), (transformers, "VambaForConditionalGeneration")]
+    places += [(chat_completion, "ChatCompletionHandler"), (server, "build_server")]
+    for module, name in places:
+        monkeypatch.setattr(module, name, getattr(module, name, None), raising=False)
+    monkeypatch.setitem(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "vamba", "VambaForConditionalGeneration")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     register()
-    monkeypatch.setattr(chat_completion, "ChatCompletionHandler", chat_completion.ChatCompletionHandler)
-    monkeypatch.setattr(server, "build_server", server.build_server)  # `serve` replaces both
+
+
+@contextmanager
+def serving(monkeypatch, **options):
+    """A running server: its `url`, its `handler`, an OpenAI `client`, and what was encoded, by segment."""
+    prepare(monkeypatch)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     running = serve(
@@ -80,6 +90,12 @@ def server(media_root):
     with pytest.MonkeyPatch.context() as monkeypatch:
         with serving(monkeypatch, media_root=media_root, allowed_hosts="127.0.0.1") as running:
             yield running
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """For tests that call `serve` themselves."""
+    prepare(monkeypatch)
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import typer
 from asking import QUESTION, answer, ask, data_url, image, text, video
 from tiny_vamba import TINY_CHECKPOINT
 
-from transformers_vamba.__main__ import register
 from transformers_vamba.serving.command import serve
 
 
@@ -308,7 +307,6 @@ def test_no_memory_left(server, monkeypatch):
         ({"chat_template_kwargs": '{"fps": 0}'}, "`--chat-template-kwargs.fps`: Input should be greater than 0"),
     ],
 )
-def test_wrong_options_of_the_server(options, message):
-    register()
+def test_wrong_options_of_the_server(prepared, options, message):
     with pytest.raises((typer.BadParameter, ValueError), match=re.escape(message)):
         serve(**{"force_model": str(TINY_CHECKPOINT), "device": "cpu", **options})

@@ -261,3 +261,20 @@ def test_a_url_is_downloaded_again_only_if_it_has_changed(start, media_root, dec
         assert answer(ask(server, part, text(QUESTION.text))) == QUESTION.answer
         assert files.statuses[-1] == 304
         files.shutdown()
+
+
+def test_the_frames_that_a_server_takes(start, media_root):
+    """What a request says, else what the server was started with, else what the checkpoint says."""
+    with start(media_root=media_root, chat_template_kwargs='{"num_frames": 4}') as server:
+
+        def num_tokens(options=None, **request) -> int:
+            completion = ask(server, video("movement.mp4", **(options or {})), text("What?"), max_tokens=1, **request)
+            return completion.usage.prompt_tokens
+
+        servers = num_tokens()
+        num_frames = {"num_frames": 8}
+        assert num_tokens(num_frames) == servers + 2 * 16
+        assert num_tokens(extra_body={"chat_template_kwargs": num_frames}) == servers + 2 * 16
+        assert num_tokens(num_frames, extra_body={"chat_template_kwargs": {"fps": 1}}) == servers + 2 * 16
+        assert num_tokens({"fps": 2}) == servers + 6 * 16
+        assert len(server.encoded) == 3
