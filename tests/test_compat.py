@@ -12,6 +12,7 @@ import torch
 import transformers
 from tiny_vamba import cache_of, make_media, make_text, tiny_model
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, Trainer, masking_utils
+from transformers.utils.import_utils import is_serve_available
 
 from transformers_vamba import VambaCache, VambaForConditionalGeneration, compat
 from transformers_vamba.training.trainer import VambaTrainer
@@ -37,6 +38,11 @@ READ = {
     (torch._dynamo, "mark_static_address"): "CUDA graphs read a video in place",
     (http.client, "_create_connection"): "connects to the address that was checked",
 }
+if is_serve_available():
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+
+    for name in ("_build_generation_config", "_build_completion", "_build_chunk_sse"):
+        READ[ChatCompletionHandler, name] = "the server's answers in Transformers' form"
 if compat.CACHE_NAME == "cache":  # since Transformers 5.24
     READ[transformers.generation.utils, "_mask_length"] = "length of a prompt whose mask of ones was dropped"
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Transformers' own command line, for Vamba: `python -m transformers_vamba serve PATH` is `transformers serve PATH`.
+Transformers' own command line, for Vamba: `python -m transformers_vamba serve PATH` is `transformers serve PATH`,
+which encodes each video once and has options of its own (see `serving`).
 
 `transformers` itself does not import this package. Importing it registers the Auto classes; the server looks for the
 class among those of Transformers' own models as well, and there for whether it takes images and videos. For a
@@ -9,8 +10,9 @@ checkpoint in the published layout, whose files name Qwen2-VL's processor, it is
 
 import transformers
 from transformers import AutoConfig, AutoProcessor
-from transformers.cli.transformers import main
+from transformers.cli.transformers import app, main
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils.import_utils import is_serve_available
 
 from .configuration_vamba import VambaConfig
 from .modeling_vamba import VambaForConditionalGeneration
@@ -27,8 +29,17 @@ class ServedProcessor(AutoProcessor):
         return (VambaProcessor if is_vamba else AutoProcessor).from_pretrained(path, **options)
 
 
-if __name__ == "__main__":
+def register() -> None:
+    """Puts Vamba's classes where the server looks for those of a checkpoint."""
     transformers.VambaForConditionalGeneration = VambaForConditionalGeneration
     transformers.AutoProcessor = ServedProcessor
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[VambaConfig.model_type] = VambaForConditionalGeneration.__name__
+
+
+if __name__ == "__main__":
+    register()
+    if is_serve_available():  # or Transformers' own command says what to install
+        from .serving.command import serve
+
+        app.command(name="serve")(serve)
     main()

@@ -18,6 +18,7 @@ import pruning
 import pytest
 import reading
 import training
+from transformers.utils.import_utils import is_serve_available
 
 
 def test_every_model_and_size_has_its_figures(tmp_path, capsys):
@@ -211,3 +212,20 @@ def test_locating_has_its_figures(tmp_path, capsys):
     assert [(row["frames"], row["video_cache"]) for row in rows] == [(n, cache) for n in (8, 16) for cache in caches]
     assert [row["video_tokens"] for row in rows] == [24, 24, 48, 48] and all(row["seconds"] > 0 for row in rows)
     assert capsys.readouterr().out.count("video_tokens") == 4
+
+
+@pytest.mark.skipif(not is_serve_available(), reason="transformers[serving] is not installed")
+def test_serving_has_its_figures(tmp_path, capsys):
+    import serving  # which needs OpenAI's client
+
+    sizes = ["--frames", "32", "--clients", "2", "--questions", "3", "--requests", "8", "--new-tokens", "2"]
+    serving.main(["--device", "cpu", *sizes, "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "serving.json").read_text())["rows"]
+    assert [(row["clients"], row["requests"], row["failed"]) for row in rows] == [
+        (1, 1, 0),
+        (1, 3, 0),
+        (2, 3, 0),
+        (2, 8, 0),
+    ]
+    assert all(row["requests_s"] > 0 for row in rows) and all(row["first_token_s"] > 0 for row in rows[:3])
+    assert (tmp_path / "serving.md").read_text() in capsys.readouterr().out

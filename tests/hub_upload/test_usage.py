@@ -94,7 +94,7 @@ def request(address: str, body: dict | None = None) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(tmp_path_factory, question):
     """The address of `transformers serve` with the tiny model, and the Python that runs it."""
     if not is_serve_available():
         pytest.skip("transformers[serving] is not installed")
@@ -106,7 +106,8 @@ def server(tmp_path_factory):
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with open(log, "w") as file:
         process = subprocess.Popen(
-            [*command, "--port", str(port), "--device", "cpu", "--host", "127.0.0.1"],
+            [*command, "--port", str(port), "--device", "cpu", "--host", "127.0.0.1"]
+            + ["--media-root", os.path.dirname(question[0])],
             env=os.environ | environment,
             stdout=file,
             stderr=file,

@@ -238,6 +238,19 @@ def test_a_private_address_is_not_even_connected_to(processor, scheme):
             listener.accept()
 
 
+def test_private_hosts_that_are_allowed(processor, server):
+    """By name: the addresses of other hosts must still be public, whatever they redirect to."""
+    processor.video_processor.source_limits = SourceLimits(allow_private=False, private_hosts=frozenset({"127.0.0.1"}))
+    expected = read_both(processor, f"{server.url}/whole")
+    assert torch.equal(expected, read_both(processor, server.path))
+    elsewhere = server.url.replace("127.0.0.1", "localhost")
+    with pytest.raises(ValueError, match="leads to an address that is not public"):
+        processor(videos=[f"{elsewhere}/whole"])
+    server.location = f"{elsewhere}/whole"
+    with pytest.raises(ValueError, match="leads to an address that is not public|redirected to another port"):
+        processor(videos=[f"{server.url}/moved"])
+
+
 def test_public_addresses():
     for address in ("8.8.8.8", "2606:4700::1111", "64:ff9b::8.8.8.8", "::ffff:8.8.8.8"):
         assert is_public(address), address
@@ -274,6 +287,37 @@ def test_local_files_can_be_refused(processor, video_file, tmp_path):
         with pytest.raises(ValueError, match="files of this machine may not be opened here"):
             processor(videos=video)
     assert len(processor(videos=[Path(video_file).read_bytes()])["pixel_values_videos"])
+
+
+def test_a_media_root(processor, video_file, tmp_path):
+    """Paths are relative to it, and nothing is told of what is outside."""
+    root = tmp_path / "root"
+    (root / "inner").mkdir(parents=True)
+    (root / "inner" / "video.mp4").write_bytes(Path(video_file).read_bytes())
+    (tmp_path / "secret.mp4").write_bytes(Path(video_file).read_bytes())
+    (root / "link.mp4").symlink_to(tmp_path / "secret.mp4")
+    os.mkfifo(root / "pipe.mp4")
+    expected = read_both(processor, video_file)
+    processor.video_processor.source_limits = SourceLimits(media_root=str(root))
+    inside = root / "inner" / "video.mp4"
+    for name in ("inner/video.mp4", "inner/../inner/video.mp4", str(inside), inside.as_uri()):
+        assert torch.equal(read_both(processor, name), expected)
+    refused = ["../secret.mp4", "../missing.mp4", "missing.mp4", "link.mp4", "pipe.mp4", "inner", video_file, "/etc"]
+    for name in [*refused, (tmp_path / "secret.mp4").as_uri(), "nothing\0.mp4"]:
+        for read in (lambda name: processor(videos=[name]), lambda name: next(processor.iter_video_segments(name))):
+            with pytest.raises(FileNotFoundError) as caught:
+                read(name)
+            assert str(caught.value) == f"Expected the path or the file, http or https URL of a video, got {name!r}."
+
+
+def test_size_of_a_data_url(processor, video_file):
+    content = Path(video_file).read_bytes()
+    url = f"data:video/mp4;base64,{base64.b64encode(content).decode()}"
+    processor.video_processor.source_limits = SourceLimits(max_bytes=len(content))
+    processor(videos=[url])
+    processor.video_processor.source_limits = SourceLimits(max_bytes=len(content) - 1)
+    with pytest.raises(ValueError, match=r"larger than .* bytes, the limit \(`max_bytes`\)"):
+        processor(videos=[url])
 
 
 @pytest.mark.parametrize("name", ["a#b.mp4", "a?b.mp4", "a%20b.mp4", "a b.mp4", "ü.mp4", "100%.mp4"])

@@ -249,7 +249,7 @@ def measure_video(
                 f"in memory as well, got {type(video).__name__}."
             )
         video = normalize_video(video)
-        check_video(video)
+        check_video(video, video_processor.source_limits)
         with open_frames(video, video_processor.source_limits, kwargs["on_damage"]) as frames:
             indices, metadata = video_processor.choose_frames(frames, kwargs)
             if not metadata.height or not metadata.width:

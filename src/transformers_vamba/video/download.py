@@ -36,10 +36,15 @@ class SourceLimits:
         max_seconds (`float`): Longest time that a download or the reading of a pipe may take in all.
         timeout (`float`): Longest wait for a connection and for the next byte, in seconds.
         allow_local (`bool`): Whether paths and `file://` URLs may be opened.
+        media_root (`str`, *optional*):
+            The only folder whose files may be opened; relative paths are relative to it. Links out of it and pipes are
+            refused.
         allow_private (`bool`):
             Whether a URL may lead to an address that is not public, such as `127.0.0.1` or `10.0.0.1`. If not,
             proxies are not used, as the address behind them is not known.
         allowed_hosts (`frozenset[str]`, *optional*): The only hosts that a URL may lead to, redirects included.
+        private_hosts (`frozenset[str]`):
+            Hosts that a URL may lead to although their addresses are not public, without `allow_private`.
     """
 
     max_bytes: int = 2**36
@@ -48,6 +53,8 @@ class SourceLimits:
     allow_local: bool = True
     allow_private: bool = True
     allowed_hosts: frozenset[str] | None = None
+    media_root: str | None = None
+    private_hosts: frozenset[str] = frozenset()
 
     def check_url(self, url: str):
         """Raises a `ValueError` for a URL that is not http or https, or leads to a host that is not allowed."""
@@ -57,9 +64,10 @@ class SourceLimits:
         if self.allowed_hosts is not None and parts.hostname not in self.allowed_hosts:
             raise ValueError(f"the host {parts.hostname!r} is not among the allowed ones")
 
-    def check_address(self, address: str):
-        """Raises a `ValueError` for an IP address that is not public, if private ones are not allowed."""
-        if not self.allow_private and not is_public(address):
+    def check_address(self, host: str, address: str):
+        """Raises a `ValueError` for a host with an IP address that is not public, if private ones are not allowed."""
+        is_allowed = self.allow_private or host.lower() in self.private_hosts
+        if not is_allowed and not is_public(address):
             # Which address that is would tell of the network behind this machine.
             raise ValueError("it leads to an address that is not public")
 
@@ -130,7 +138,7 @@ def connection_class(base: Any, limits: SourceLimits) -> Any:
         host, port = address
         addresses = [str(place[0]) for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
         for each in addresses:
-            limits.check_address(each)
+            limits.check_address(host, each)
         # To what was checked: a name that is looked up again may lead elsewhere by then.
         for each in addresses[:-1]:
             try:
@@ -235,6 +243,18 @@ def download(url: str, limits: SourceLimits) -> Iterator[BinaryIO]:
     Raises:
         `OSError`, `HTTPException`, `ValueError`: when it cannot be had whole, or is past the limits.
     """
+    with download_version(url, limits) as (file, _):
+        yield file
+
+
+@contextmanager
+def download_version(url: str, limits: SourceLimits) -> Iterator[tuple[BinaryIO, str | None]]:
+    """
+    As [`download`], with the ETag or the date by which [`is_unchanged`] knows this version; `None` without either.
+
+    Raises:
+        `OSError`, `HTTPException`, `ValueError`: when it cannot be had whole, or is past the limits.
+    """
     copied = Copied(limits)
     with TemporaryFile() as file:
         partial = PartialDownload(url, file, copied)
@@ -247,4 +267,14 @@ def download(url: str, limits: SourceLimits) -> Iterator[BinaryIO]:
                     raise ValueError(partial.describe(error)) from error
                 copied.check_time()
                 time.sleep(FIRST_PAUSE * 2**attempt)
-        yield file
+        yield file, partial.validator
+
+
+def is_unchanged(url: str, version: str, limits: SourceLimits) -> bool:
+    """Whether a URL still has the content of a version that [`download_version`] gave."""
+    header = "If-None-Match" if version.startswith('"') else "If-Modified-Since"
+    try:
+        open_url(url, limits, {header: version}).close()
+    except HTTPError as error:
+        return error.code == 304
+    return False

@@ -156,10 +156,10 @@ def flatten_videos(videos: list) -> list:
     return [video for item in videos for video in (item if isinstance(item, list) else [item])]
 
 
-def check_video(video) -> None:
+def check_video(video, limits: SourceLimits) -> None:
     """Raises a `FileNotFoundError` for a path without a file. Opens nothing."""
     if not is_of(video, Frames, ImageFiles):
-        check_exists(video)
+        check_exists(video, limits)
 
 
 @contextmanager
@@ -193,7 +193,7 @@ def open_frames(
     elif is_of(video, ImageFiles):
         yield ImageFrames(video, limits)
     else:
-        check_exists(video)
+        check_exists(video, limits)
         with open_named_source(video, limits) as file:
             yield FileFrames(video, file, on_damage, stop)
 

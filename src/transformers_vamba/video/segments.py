@@ -45,7 +45,7 @@ def iter_video_segments(
             f"got {segment_frames}."
         )
     video = normalize_video(video)
-    check_video(video)
+    check_video(video, video_processor.source_limits)
     if live:
         check_live(kwargs)
     segment_kwargs = {name: value for name, value in videos_kwargs.items() if name not in ("num_frames", "fps")}

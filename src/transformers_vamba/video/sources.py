@@ -11,8 +11,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
+from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, unquote_to_bytes
 
 from .container import DamageError
@@ -90,14 +92,39 @@ def file_kind(source: str) -> Callable[[int], bool] | None:
     return next((kind for kind in (stat.S_ISREG, stat.S_ISDIR, stat.S_ISFIFO) if kind(mode)), None)
 
 
-def check_exists(video):
-    """Raises a `FileNotFoundError` for a path without a file, and a `ValueError` for a file opened as text."""
+def permitted_path(source: str, limits: SourceLimits) -> str:
+    """
+    The path of a file that may be opened.
+
+    Raises:
+        `FileNotFoundError`: for a path without a file, and the same for whatever is not a file of `media_root`.
+        `ValueError`: if local files may not be opened.
+    """
+    if not limits.allow_local:
+        raise ValueError("files of this machine may not be opened here")
+    path, kinds = local_path(source), {stat.S_ISREG, stat.S_ISFIFO}
+    if limits.media_root is not None:
+        kinds = {stat.S_ISREG}
+        root = os.path.realpath(limits.media_root)
+        # Resolved before it is looked for: what is outside must not even be known to exist.
+        path = "" if "\0" in path else os.path.realpath(os.path.join(root, path))
+        if not Path(path).is_relative_to(root):
+            raise absence_error(source)
+    if file_kind(path) not in kinds:
+        raise absence_error(source)
+    return path
+
+
+def check_exists(video, limits: SourceLimits):
+    """
+    Raises a `FileNotFoundError` for a path without a file, and a `ValueError` for one that may not be opened, and for
+    a file opened as text.
+    """
     if isinstance(video, io.TextIOBase):
         raise ValueError(f"{describe_source(video)} is open as text; a video needs a file opened with mode 'rb'.")
     if isinstance(video, str) and not is_remote(video) and not is_data_url(video):
-        local_path(video)
-        if file_kind(video) not in (stat.S_ISREG, stat.S_ISFIFO):
-            raise absence_error(video)
+        with errors_of(video):
+            permitted_path(video, limits)
 
 
 @contextmanager
@@ -121,6 +148,10 @@ def describe_error(error: Exception) -> str:
         return f"its frames do not fit in memory ({error or 'no memory is left'})"
     if isinstance(error, DamageError):
         return f"{error}. With `on_damage='skip'` the frames that can be decoded are taken"
+    if isinstance(error, URLError) and not isinstance(error, HTTPError):
+        error = error.reason if isinstance(error.reason, Exception) else error
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return error.strerror  # without the path, which the one who asked may not know
     return error.strerror if isinstance(error, av.FFmpegError) and error.strerror else str(error)
 
 
@@ -221,12 +252,13 @@ def decode_data_url(source: str, limits: SourceLimits) -> bytes:
     if len(data) > 2 * limits.max_bytes:
         raise ValueError(f"it is larger than {limits.max_bytes:,} bytes, the limit (`max_bytes`)")
     content = unquote_to_bytes(data)
-    if not header.lower().endswith(";base64"):
-        return content
-    try:
-        return base64.b64decode(content, validate=False)
-    except binascii.Error as error:
-        raise ValueError(f"its base64 is damaged: {error}") from error
+    if header.lower().endswith(";base64"):
+        try:
+            content = base64.b64decode(content, validate=False)
+        except binascii.Error as error:
+            raise ValueError(f"its base64 is damaged: {error}") from error
+    Copied(limits).check_size(len(content))
+    return content
 
 
 @contextmanager
@@ -271,15 +303,13 @@ def open_source(video, limits: SourceLimits, live: bool = False) -> Iterator[Any
 @contextmanager
 def open_local(source: str, limits: SourceLimits, live: bool) -> Iterator[BinaryIO | LiveSource]:
     """Opens a path or `file://` URL; a named pipe is read to its end first unless it is live."""
-    if not limits.allow_local:
-        raise ValueError("files of this machine may not be opened here")
-    check_exists(source)
-    if file_kind(source) is not stat.S_ISFIFO:
-        with open(local_path(source), "rb") as file:
+    path = permitted_path(source, limits)
+    if file_kind(path) is not stat.S_ISFIFO:
+        with open(path, "rb") as file:
             Copied(limits).check_size(os.fstat(file.fileno()).st_size)
             yield file
         return
-    pipe = NamedPipe(local_path(source), None if live else limits.timeout)
+    pipe = NamedPipe(path, None if live else limits.timeout)
     try:
         if live:
             yield LiveSource(pipe)
