@@ -32,10 +32,13 @@ import openai
 import PIL.Image
 import torch
 from inference import describe_machine, load, make_config, write_results
-from synthetic_videos import sample_video, write_mp4
 from transformers import Qwen2VLImageProcessor
 
 from transformers_vamba import VambaProcessor, VambaVideoProcessor
+
+
+sys.path.append(str(Path(__file__).parents[1]))
+from synthetic_videos import sample_video, write_mp4  # noqa: E402
 
 
 TINY_MODEL = Path(__file__).parents[2] / "checkpoints" / "vamba-tiny"
