@@ -4,18 +4,28 @@
     python examples/benchmarks/locating.py --frames 1024,3600 --output results
 
 The cache is filled with random keys and values of 640x360 frames: what they say changes neither time nor memory. The
-text has 66 tokens of a prompt and 33 of an answer. The memory is what `locate` takes beyond model and cache. On a CPU
-the model is tiny, and the figures say nothing but that the program runs.
+text has 66 tokens of a prompt and 33 of an answer. The memory is what `locate` takes beyond model and cache.
+`locating.md` and `.json` go to the output folder. On a CPU the model is tiny, and the figures say nothing but that the
+program runs.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from inference import NUM_NEW_TOKENS, NUM_TEXT_TOKENS, load, make_config, peak_gib, reset_peak, synchronize
+from inference import (
+    NUM_NEW_TOKENS,
+    NUM_TEXT_TOKENS,
+    describe_machine,
+    load,
+    make_config,
+    peak_gib,
+    reset_peak,
+    synchronize,
+    write_results,
+)
 
 from transformers_vamba import VambaCache
 from transformers_vamba.cache.steps import VideoSteps
@@ -23,6 +33,14 @@ from transformers_vamba.cache.steps import VideoSteps
 
 TOKENS_AT_ONCE = 2**16
 NUM_RUNS = 3
+COLUMNS = {
+    "frames": ("frames", "{:,}"),
+    "video_tokens": ("video tokens", "{:,}"),
+    "cache_gib": ("cache, GiB", "{:.2f}"),
+    "seconds": ("locate, s", "{:.2f}"),
+    "extra_gib": ("GiB beyond model and cache", "{:.2f}"),
+    "note": ("", "{}"),
+}
 
 
 def fill(model, num_steps: int, tokens_per_step: int, video_cache: str) -> VambaCache:
@@ -58,8 +76,9 @@ def measure(model, num_frames: int, patches: tuple[int, int], video_cache: str) 
         start = time.perf_counter()
         model.locate(text, cache, token_mask=is_answer)
         times.append(time.perf_counter() - start)
-    row = {"frames": num_frames, "video_cache": video_cache, "video_tokens": cache.video_lengths[0]}
-    row |= {"cache_gib": sum(layer.nbytes for layer in cache.videos[0]) / 2**30, "seconds": statistics.median(times)}
+    row = {"model": "vamba", "attention": "sdpa", "video_cache": video_cache, "frames": num_frames}
+    row |= {"video_tokens": cache.video_lengths[0], "seconds": statistics.median(times)}
+    row["cache_gib"] = sum(layer.nbytes for layer in cache.videos[0]) / 2**30
     return row | {"extra_gib": None if before is None else peak_gib(model) - before}
 
 
@@ -68,21 +87,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--frames", default="1024,3600", help="lengths of the videos")
     parser.add_argument("--video-caches", default="dynamic,quantized,offloaded,offloaded_quantized")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("locating"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     args = parser.parse_args(arguments)
 
     device = torch.device(args.device)
     config, patches = make_config("vamba", tiny=device.type != "cuda")
     model = load(config, "sdpa", device)
-    args.output.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     rows = []
     for num_frames in map(int, args.frames.split(",")):
         for video_cache in args.video_caches.split(","):
             rows.append(measure(model, num_frames, patches, video_cache))
-            print({key: round(value, 4) if isinstance(value, float) else value for key, value in rows[-1].items()})
-            results = {"device": name, "torch": torch.__version__, "rows": rows}
-            (args.output / "locating.json").write_text(json.dumps(results, indent=1) + "\n")
+            write_results(args.output, describe_machine(device), rows, "locating", COLUMNS)
+    print((args.output / "locating.md").read_text())
 
 
 if __name__ == "__main__":

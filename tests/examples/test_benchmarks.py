@@ -211,7 +211,7 @@ def test_locating_has_its_figures(tmp_path, capsys):
     rows = json.loads((tmp_path / "locating.json").read_text())["rows"]
     assert [(row["frames"], row["video_cache"]) for row in rows] == [(n, cache) for n in (8, 16) for cache in caches]
     assert [row["video_tokens"] for row in rows] == [24, 24, 48, 48] and all(row["seconds"] > 0 for row in rows)
-    assert capsys.readouterr().out.count("video_tokens") == 4
+    assert (tmp_path / "locating.md").read_text() in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not is_serve_available(), reason="transformers[serving] is not installed")
