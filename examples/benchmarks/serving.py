@@ -94,20 +94,18 @@ def run_server(device: str, port: int, folder: Path, num_frames: int) -> None:
     serve("random" if is_random else str(TINY_MODEL), device=device, host="127.0.0.1", port=port, media_root=folder)
 
 
-def write_movie(path: Path, num_frames: int, is_large: bool) -> None:
-    """A video of 640x360, or of the size that the tiny model knows."""
-    if not is_large:
-        write_mp4(path, sample_video(0, num_frames, "sequence"))
-        return
+def write_video(path: Path, num_frames: int, size: tuple[int, int], seed: int) -> None:
+    """A camera that moves over squares of many colours, two frames a second."""
     import av
 
-    generator = np.random.default_rng(0)
-    texture = generator.integers(0, 256, (720, 1280, 3), np.uint8)
+    width, height = size
+    squares = np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3), np.uint8)
+    picture = squares.repeat(8, axis=0).repeat(8, axis=1)  # twice as wide and as high as a frame
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=2, options={"preset": "veryfast"})
-        stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for number in range(num_frames):
-            frame = np.ascontiguousarray(texture[number % 360 :, 2 * number % 640 :][:360, :640])
+            frame = np.ascontiguousarray(picture[number % height :, 2 * number % width :][:height, :width])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
 
@@ -270,9 +268,10 @@ def main(arguments: list[str] | None = None) -> None:
         write_results(args.output, describe_machine(device), rows, "serving", COLUMNS)
 
     with tempfile.TemporaryDirectory() as folder:
-        write_movie(Path(folder) / "movie.mp4", args.frames, is_large=device.type == "cuda")
+        size = (640, 360) if device.type == "cuda" else (112, 112)
+        write_video(Path(folder) / "movie.mp4", args.frames, size, seed=0)
         for short in range(NUM_SHORT_VIDEOS):
-            write_mp4(Path(folder) / f"{short}.mp4", sample_video(short + 1, 32))
+            write_video(Path(folder) / f"{short}.mp4", 32, size, seed=short + 1)
         process, url = start_server(args, Path(folder))
         try:
             measure(args, process, url, record)

@@ -8,6 +8,8 @@ class among those of Transformers' own models as well, and there for whether it 
 checkpoint in the published layout, whose files name Qwen2-VL's processor, it is given Vamba's.
 """
 
+import sys
+
 import transformers
 from transformers import AutoConfig, AutoProcessor
 from transformers.cli.transformers import app, main
@@ -38,8 +40,10 @@ def register() -> None:
 
 if __name__ == "__main__":
     register()
-    if is_serve_available():  # or Transformers' own command says what to install
+    if is_serve_available():
         from .serving.command import serve
 
         app.command(name="serve")(serve)
+    elif "serve" in sys.argv[1:2]:
+        raise SystemExit("The server needs further packages: pip install 'transformers-vamba[serve]'")
     main()

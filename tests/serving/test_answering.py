@@ -28,10 +28,10 @@ def held(server, monkeypatch):
     asked = []
 
     def noted_ask(question):
+        ask_question(question)
         asked.append(question)
         if len(asked) == held.num:
             waits.set()
-        ask_question(question)
 
     monkeypatch.setattr(server.handler.model, "generate", held_generate)
     monkeypatch.setattr(server.handler.answering, "ask", noted_ask)
@@ -66,7 +66,7 @@ def test_questions_about_one_video_are_one_batch(server, held):
     assert answers[:6] == [QUESTION.answer] * 6
     assert answers[7].startswith(answers[6]) and answers[7] != ""
     assert sum(rows) == len(requests)
-    assert max(rows) >= 6 and len(rows) <= 4, rows  # the first one alone, perhaps
+    assert len(rows) <= 3, rows  # those that came first, the others about that video, and the other video
     assert answers == [request() for request in requests]
 
 

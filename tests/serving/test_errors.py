@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is wrong with a request is said, with status 400, and nothing of the machine besides."""
 
+import http.server
 import io
 import json
 import os
 import re
+import threading
 import urllib.error
 import urllib.request
 
@@ -139,6 +141,33 @@ def test_without_a_media_root(start, media_root):
         for host in ("127.0.0.1", "localhost", "[::1]", "169.254.169.254", "10.0.0.1", "0.0.0.0", "2130706433"):
             for part in (video, image):
                 assert "it leads to an address that is not public" in refusal(server, part(f"http://{host}:9/x.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("location", "reason"),
+    [
+        ("http://localhost/video.mp4", "it leads to an address that is not public"),
+        ("http://10.0.0.1/video.mp4", "it leads to an address that is not public"),
+        ("file:///etc/passwd", "is not allowed"),
+        ("ftp://127.0.0.1/video.mp4", "only http and https are followed"),
+        ("http://127.0.0.1:9/video.mp4", "redirected to another port"),
+    ],
+)
+def test_redirects_are_checked(server, location, reason):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", location)
+            self.end_headers()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as redirecting:
+        threading.Thread(target=redirecting.serve_forever, daemon=True).start()
+        for part in (video, image):
+            assert reason in refusal(server, part(f"http://127.0.0.1:{redirecting.server_port}/video.mp4"))
+        redirecting.shutdown()
 
 
 def test_what_is_too_large(start, media_root, tmp_path):
