@@ -75,8 +75,10 @@ class Session:
     fetched: TemporaryDirectory | None = None
 
     def say(self, role, *content):
+        """Adds a message to the conversation, and returns it."""
         self.messages.append({"role": role, "content": list(content)})
         del self.messages[:-MOST_MESSAGES]
+        return self.messages[-1]
 
 
 class Shelf:
@@ -213,26 +215,27 @@ class Page:
             yield [*session.messages, {"role": "assistant", "content": problem}], gr.skip()
             return
         self.shelf.touch(video)
-        messages = session.messages
         session.say("user", question)
-        session.say("assistant", "")
+        reply = session.say("assistant", "")
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         result = self.answers.submit(self.answer, video.cache, question, streamer)
         for piece in streamer:
-            messages[-1]["content"][0] += piece
+            reply["content"][0] += piece
             if session.video is not video:
                 return
-            yield messages, ""
+            yield session.messages, ""
         try:
-            messages[-1]["content"], reading, seconds = result.result()
+            text, reading, seconds = result.result()
         except torch.OutOfMemoryError:
-            messages[-1]["content"] = ["The GPU has too little memory left to answer. Try again in a minute."]
-            yield messages, ""
+            reply["content"] = ["The GPU has too little memory left to answer. Try again in a minute."]
+            yield session.messages, ""
             return
-        yield messages, ""
-        session.say("assistant", *self.show_moments(video, question, messages[-1]["content"][0], reading, seconds))
+        reply["content"] = [text or "(no words)"]
+        yield session.messages, ""
+        seen = self.show_moments(video, question, text, reading, seconds)
         if session.video is video:
-            yield messages, ""
+            session.say("assistant", *seen)
+            yield session.messages, ""
 
     def find_problem(self, question, video):
         """Why a question cannot be answered, if it cannot."""
@@ -253,15 +256,15 @@ class Page:
             with self.lock:
                 start = time.perf_counter()
                 text, reading, *_ = answer_with_reading(self.model, self.processor, cache, question, streamer=streamer)
-                return [text or "(no words)"], reading, time.perf_counter() - start
+                return text, reading, time.perf_counter() - start
         finally:
             streamer.end()  # nobody waits for the words of an answer that failed
 
     def show_moments(self, video, question, reply, reading, seconds):
         """The content of a message: when the answer was seen, in words and as a picture with frames."""
         took = f"{seconds:.2f} s, without decoding or encoding the video again."
-        if reading.seconds.isnan().any():
-            return [f"{took} When it was seen is not known: the file tells no times."]
+        if len(reading.seconds) == 1 or reading.seconds.isnan().any():
+            return [f"{took} When it was seen cannot be told: the video has one moment, or its file tells no times."]
         moments = strongest_moments(reading, MOST_MOMENTS)
         places = ", ".join(f"{clock(each.start)} to {clock(each.stop)} ({each.weight:.0%})" for each in moments)
         text = f"Seen at {places}: shares of what was read of the video. {took}"
@@ -274,7 +277,12 @@ class Page:
             return [f"{text} No picture: {video.without_folder(str(error))}"]
         return [text, {"path": str(picture), "alt_text": f"{question} {places}"}]
 
+    def clear(self, session):
+        """Empties the conversation. The video stays."""
+        session.messages.clear()
+
     def forget(self, session):
+        """Gives back what a visitor who is gone has taken."""
         self.shelf.drop(session.video)
 
 
@@ -333,7 +341,7 @@ def build(page, about, examples):
                     fetch = gr.Button("Fetch", elem_id="fetch", scale=1)
                 progress = gr.HTML(report("No video yet."), elem_id="report")
             with gr.Column():
-                chat = gr.Chatbot(label="Questions and answers", height=460, elem_id="chat")
+                chat = gr.Chatbot(label="Questions and answers", height=460, elem_id="chat", buttons=["copy"])
                 question = gr.Textbox(
                     label="Question",
                     placeholder="What happens first?",
@@ -369,6 +377,7 @@ def build(page, about, examples):
             concurrency_limit=ANSWERS_AT_ONCE,
             show_progress="minimal",
         )
+        chat.clear(page.clear, session, queue=False)
     return blocks.queue(max_size=64)
 
 
