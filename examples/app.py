@@ -37,14 +37,13 @@ from transformers_vamba.video.sources import errors_of, is_remote
 LONGEST_QUESTION = 2000  # characters
 MOST_MESSAGES = 60  # that are shown of a conversation
 MOST_MOMENTS = 6
-ANSWERS_AT_ONCE, VIDEOS_AT_ONCE = 4, 2  # others wait in the queue, and see their place in it
+VIDEOS_AT_ONCE, ANSWERS_AT_ONCE, VISITORS_AT_ONCE = 2, 4, 16  # others wait
 EXAMPLES = (  # a story, its seed, its number of frames, and which of its questions to show
     ("sequence", 8, 32, 0),
     ("movement", 1, 32, 2),
     ("start_end", 3, 32, 1),
     ("sequence", 4, 120, 0),
 )
-FONTS = ("system-ui", "sans-serif")  # of the visitor's own machine: nothing is fetched from elsewhere
 
 
 @dataclass(eq=False)
@@ -135,7 +134,7 @@ class Page:
         self.model, self.processor, self.options, self.limits = model, processor, options, limits
         self.processor.video_processor.source_limits = limits
         self.shelf, self.lock = Shelf(cache_bytes), threading.Lock()
-        self.answers = ThreadPoolExecutor(ANSWERS_AT_ONCE)
+        self.turns, self.answers = threading.Semaphore(VIDEOS_AT_ONCE), ThreadPoolExecutor(ANSWERS_AT_ONCE)
 
     def fetch(self, url, session):
         """Brings the video that a link leads to. Yields the report, and the path for the video's place on the page."""
@@ -165,7 +164,14 @@ class Page:
             yield report("No video yet."), []
             return
         try:
-            yield from ((text, []) for text in self.encode(video, session))
+            while not self.turns.acquire(timeout=1):
+                if session.video is not video:
+                    return
+                yield report("Other visitors' videos come first. This one waits for its turn.", progress=""), []
+            try:
+                yield from ((text, []) for text in self.encode(video, session))
+            finally:
+                self.turns.release()
         except (OSError, ValueError) as error:
             yield report_problem(video.without_folder(str(error))), []
         except torch.OutOfMemoryError:
@@ -312,7 +318,7 @@ def describe_model(path, model):
         f"**The tiny model** ({size}) shows that everything works. **It can** tell the colours, shapes, order, "
         "movement and flashes of the synthetic videos below, and of others that `examples/synthetic_videos.py` makes. "
         f"Exact answers on unseen ones: {exact}. **It cannot** do anything else: of a film it says "
-        f'"a blue triangle", and it knows no other words. {every}'
+        f'"a blue triangle". {every}'
     )
 
 
@@ -323,6 +329,11 @@ def write_examples(folder):
         path = Path(folder) / f"{story}_{num_frames}_frames.mp4"
         write_mp4(path, video)
         yield [str(path), video.questions[which].text]
+
+
+def make_theme():
+    """Gradio's own, with fonts of the visitor's machine: nothing is fetched from elsewhere."""
+    return gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("monospace",))
 
 
 def build(page, about, examples):
@@ -357,7 +368,7 @@ def build(page, about, examples):
             page.fetch,
             [link, session],
             [progress, video],
-            concurrency_limit=VIDEOS_AT_ONCE,
+            concurrency_limit=VISITORS_AT_ONCE,
             show_progress="hidden",
         )
         # A second video is looked at while the first is being encoded, which then leaves off.
@@ -365,7 +376,7 @@ def build(page, about, examples):
             page.watch,
             [video, session],
             [progress, chat],
-            concurrency_limit=VIDEOS_AT_ONCE,
+            concurrency_limit=VISITORS_AT_ONCE,
             trigger_mode="multiple",
             show_progress="hidden",
         )
@@ -376,6 +387,7 @@ def build(page, about, examples):
             [chat, question],
             concurrency_limit=ANSWERS_AT_ONCE,
             show_progress="minimal",
+            show_progress_on=chat,
         )
         chat.clear(page.clear, session, queue=False)
     return blocks.queue(max_size=64)
@@ -406,8 +418,7 @@ def main(arguments=None):
     page = Page(model, processor, {**options, "video_cache": args.video_cache}, int(args.cache_gib * 2**30), limits)
     with TemporaryDirectory(prefix="vamba-") as folder:
         blocks = build(page, describe_model(args.model, model), list(write_examples(folder)))
-        theme = gr.themes.Default(font=FONTS, font_mono=("monospace",))
-        blocks.launch(share=args.share, max_file_size=max_bytes, theme=theme, footer_links=[])
+        blocks.launch(share=args.share, max_file_size=max_bytes, theme=make_theme(), footer_links=[])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page to ask a video on: what happens on it, and the page itself in a browser without a screen.
+"""What happens on the page to ask a video on. `test_app_in_browser.py` looks at the page itself."""
 
-VAMBA_SCREENSHOTS=docs/images python -m pytest tests/examples/test_app.py -k browser    # the pictures of docs/page.md
-"""
-
+import os
+import re
+import socket
+import subprocess
+import sys
 import threading
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +20,7 @@ import pytest
 from ask_video import TINY_MODEL, load
 from PIL import Image
 from synthetic_videos import sample_video, write_mp4
+from tiny_vamba import ROOT
 
 from transformers_vamba.video.download import SourceLimits
 
@@ -227,6 +231,18 @@ def test_a_video_that_is_being_encoded_keeps_its_room(make_page, videos):
     assert not page.shelf.videos
 
 
+def test_videos_wait_for_their_turn(make_page, videos):
+    page, sessions = make_page(), [app.Session() for _ in range(4)]
+    reports = [page.watch(str(videos / "sequence.mp4"), session) for session in sessions]
+    firsts = [next(each)[0] for each in reports]
+    assert ["waits for its turn" in first for first in firsts] == [False, False, True, True]
+    sessions[3].video = None  # given up
+    assert not list(reports[3])
+    reports[0].close()
+    assert all("Ask." in list(reports[i])[-1][0] for i in (1, 2))
+    assert "Ask." in watch(page, sessions[3], videos / "movement.mp4")[-1]
+
+
 def test_another_video_stops_the_first(make_page, videos):
     page, session = make_page(segment_frames=2), app.Session()
     reports = page.watch(str(videos / "long.mp4"), session)
@@ -244,3 +260,38 @@ def test_what_the_page_says_of_the_model(make_page, tmp_path):
     assert "99.6%" in app.describe_model(TINY_MODEL, model) and "cannot" in app.describe_model(TINY_MODEL, model)
     other = app.describe_model(str(tmp_path), model)
     assert tmp_path.name in other and "99.6%" not in other and str(tmp_path.parent) not in other
+
+
+def test_a_space_needs_what_the_package_needs():
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    needed = re.findall(r'^    "(.+)",$', pyproject.partition("\ndependencies = [")[2].partition("]")[0], re.MULTILINE)
+    assert sorted([*needed, "matplotlib"]) == (ROOT / "examples/space/requirements.txt").read_text().split()
+    header = (ROOT / "examples/space/README.md").read_text()
+    (version,) = re.findall(r"^sdk_version: (.+)$", header, re.MULTILINE)
+    assert f"\ngradio=={version}\n" in (ROOT / "constraints.txt").read_text()
+
+
+def test_a_space(tmp_path):
+    """The folder that is uploaded shows the page, with the package that lies in it."""
+    space = tmp_path / "space"
+    subprocess.run(["make", "-s", f"SPACE={space}", "space"], cwd=ROOT, check=True)
+    (app_file,) = re.findall(r"^app_file: (.+)$", (space / "README.md").read_text(), re.MULTILINE)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment |= {"GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, app_file], cwd=space, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        timer = threading.Timer(DEADLINE, process.kill)
+        timer.start()
+        try:
+            assert any(f"http://127.0.0.1:{port}" in line for line in process.stdout)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=DEADLINE) as response:
+                text = response.read().decode()
+        finally:
+            timer.cancel()
+            process.terminate()
+    assert "Ask a video" in text and "The tiny model" in text
+    assert list((space / "examples/transformers_vamba").glob("__pycache__/__init__.*"))
