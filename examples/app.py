@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 import gradio as gr
 import torch
-from ask_video import TINY_MODEL, VIDEO_CACHES, WEIGHT_BITS, forecast, load
+from ask_video import TINY_MODEL, VIDEO_CACHES, WEIGHT_BITS, forecast, free_memory, load
 from find_moment import answer_with_reading, clock, draw, frames_of, strongest_moments
 from synthetic_videos import sample_video, write_mp4
 from transformers import TextIteratorStreamer
@@ -187,6 +187,7 @@ class Page:
         """Yields a report before each segment and in the end. Leaves off when the visitor gives another video."""
         yield report(f"{video.name}: looking at it.", progress="")
         expected = forecast(self.model, self.processor, video.path, **self.options)
+        self.check_memory(expected)
         self.shelf.reserve(video, expected.video_cache)
         lines = [f"{video.name}. Forecast (memory as on a GPU): {expected}."]
         yield report(*lines, "Decoding.", progress="")
@@ -212,6 +213,19 @@ class Page:
         yield report(
             *lines, f"Decoded and encoded {num_frames:,} frames in {seconds:.2f} s, once for all questions. Ask."
         )
+
+    def check_memory(self, expected):
+        """Raises a `ValueError` for a video that the GPU has too little memory for."""
+        device, needed = self.model.device, expected.peak - expected.weights
+        free = free_memory(device)
+        if free is None:
+            return
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if needed > free:
+            raise ValueError(
+                f"This video would take {needed / 2**30:.2f} GiB of the GPU's memory, of which "
+                f"{free / 2**30:.2f} GiB are free. Give a shorter one, or try again in a few minutes."
+            )
 
     def ask(self, question, session):
         """Answers a question. Yields the conversation, as the answer grows, and what the question's box holds."""

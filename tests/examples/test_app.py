@@ -219,6 +219,14 @@ def test_memory_is_bounded(make_page, videos):
     assert page.shelf.videos == [third.video] and first.video.cache is None
 
 
+def test_a_gpu_that_is_full(make_page, videos, monkeypatch):
+    page, session = make_page(), app.Session()
+    monkeypatch.setattr(app, "free_memory", lambda device: 2**26)
+    report = watch(page, session, videos / "sequence.mp4")[-1]
+    assert "would take 0.13 GiB" in report and "0.06 GiB are free" in report
+    assert not page.shelf.videos
+
+
 def test_a_video_that_is_being_encoded_keeps_its_room(make_page, videos):
     page, first, second = make_page(cache_bytes=2**20 // 2), app.Session(), app.Session()
     reports = page.watch(str(videos / "sequence.mp4"), first)

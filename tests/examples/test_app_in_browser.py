@@ -138,7 +138,8 @@ def keep_picture(tmp_path):
 
     def keep(visitor, name):
         picture = Image.open(BytesIO(visitor.browser.get_screenshot_as_png())).convert("RGB")
-        picture.quantize(128, dither=Image.Dither.NONE).save(folder / f"page_{name}.png", optimize=True)
+        picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)  # colours matter here
+        picture.save(folder / f"page_{name}.png", optimize=True)
         assert picture.size[0] > 1000 and (folder / f"page_{name}.png").stat().st_size < 150_000
 
     return keep
