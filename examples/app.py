@@ -353,7 +353,8 @@ def make_theme():
 def build(page, about, examples):
     """The page itself."""
     with gr.Blocks(title="Ask a video", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
-        session = gr.State(delete_callback=page.forget)
+        # Called an hour after a visitor has gone. (Gradio takes a dataclass itself for one of its instances.)
+        session = gr.State(lambda: Session(), delete_callback=page.forget)
         gr.Markdown("# Ask a video\n\nVamba reads a video once, and answers any number of questions about it.")
         gr.Markdown(about)
         with gr.Row():
@@ -376,7 +377,6 @@ def build(page, about, examples):
                 ask = gr.Button("Ask", variant="primary", elem_id="ask")
         gr.Examples(examples, [video, question], label="Generated videos", elem_id="examples", cache_examples=False)
 
-        blocks.load(Session, outputs=session, queue=False)
         gr.on(
             [fetch.click, link.submit],
             page.fetch,

@@ -185,8 +185,9 @@ def test_a_visit(page, visit, keep_picture, tmp_path, monkeypatch):
     assert not errors
 
 
-def test_two_visitors_examples_and_links(visit):
+def test_two_visitors_examples_and_links(page, monkeypatch, visit):
     """Each has a video of their own. An example brings its question; a link stays outside of private networks."""
+    monkeypatch.setenv("GRADIO_IS_E2E_TEST", "1")  # who is gone is forgotten after a second, not after an hour
     first, second = visit(), visit()
     for visitor, row in ((first, 0), (second, 1)):
         visitor.see("#examples tbody tr")
@@ -202,3 +203,8 @@ def test_two_visitors_examples_and_links(visit):
     first.find("#fetch")[0].click()
     first.see("#report", "That did not work.", "an address that is not public")
     second.see("#report", "Ask.")
+
+    second.browser.close()
+    first.wait(lambda: len(page.shelf.videos) == 1, "the video of a visitor who is gone is kept")
+    first.ask("What came first?")
+    first.see("#chat", "a green triangle")
