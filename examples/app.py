@@ -72,6 +72,7 @@ class Session:
     video: WatchedVideo | None = None
     messages: list = field(default_factory=list)
     fetched: TemporaryDirectory | None = None
+    num_fetched: int = 0
 
     def say(self, role, *content):
         """Adds a message to the conversation, and returns it."""
@@ -105,10 +106,12 @@ class Shelf:
             video.num_bytes = num_bytes
             self.videos.append(video)
 
-    def touch(self, video):
+    def take(self, video):
+        """What is kept of a video that is asked about; `None` if it is not encoded or had to make room."""
         with self.lock:
             if video in self.videos:
                 self.videos.append(self.videos.pop(self.videos.index(video)))
+            return video.cache
 
     def drop(self, video):
         with self.lock:
@@ -143,10 +146,12 @@ class Page:
             yield report_problem("A link begins with http:// or https:// and leads to a file."), gr.skip()
             return
         yield report("Fetching the video.", progress=""), gr.skip()
-        session.fetched = TemporaryDirectory(prefix="vamba-")
-        suffix = Path(urlsplit(url).path).suffix
-        path = Path(session.fetched.name) / ("video" + (suffix if suffix[1:].isalnum() else ".mp4"))
+        session.fetched, session.num_fetched = TemporaryDirectory(prefix="vamba-"), session.num_fetched + 1
         try:
+            suffix = Path(urlsplit(url).path).suffix
+            suffix = suffix if suffix[1:].isalnum() else ".mp4"
+            # A name of its own: a video of the same name and content as before would not be watched again.
+            path = Path(session.fetched.name) / f"link_{session.num_fetched}{suffix}"
             with errors_of(url), download(url, self.limits) as file, open(path, "wb") as copy:
                 file.seek(0)
                 shutil.copyfileobj(file, copy)
@@ -174,11 +179,8 @@ class Page:
                 self.turns.release()
         except (OSError, ValueError) as error:
             yield report_problem(video.without_folder(str(error))), []
-        except torch.OutOfMemoryError:
-            yield report_problem("The GPU has too little memory left for this video. Give a shorter one."), []
-        except Exception:
-            logging.exception("A video could not be encoded.")
-            yield report_problem("Something failed here that should not. The log of this page says what."), []
+        except Exception as error:
+            yield report_problem(describe_failure(error)), []
         finally:
             if video.cache is None:
                 self.shelf.drop(video)
@@ -230,15 +232,15 @@ class Page:
     def ask(self, question, session):
         """Answers a question. Yields the conversation, as the answer grows, and what the question's box holds."""
         question, video = question.strip(), session.video
-        problem = self.find_problem(question, video)
+        cache = self.shelf.take(video) if video else None
+        problem = self.find_problem(question, video, cache)
         if problem:
             yield [*session.messages, {"role": "assistant", "content": problem}], gr.skip()
             return
-        self.shelf.touch(video)
         session.say("user", question)
         reply = session.say("assistant", "")
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        result = self.answers.submit(self.answer, video.cache, question, streamer)
+        result = self.answers.submit(self.answer, cache, question, streamer)
         for piece in streamer:
             reply["content"][0] += piece
             if session.video is not video:
@@ -246,8 +248,8 @@ class Page:
             yield session.messages, ""
         try:
             text, reading, seconds = result.result()
-        except torch.OutOfMemoryError:
-            reply["content"] = ["The GPU has too little memory left to answer. Try again in a minute."]
+        except Exception as error:
+            reply["content"] = [describe_failure(error)]
             yield session.messages, ""
             return
         reply["content"] = [text or "(no words)"]
@@ -257,13 +259,13 @@ class Page:
             session.say("assistant", *seen)
             yield session.messages, ""
 
-    def find_problem(self, question, video):
+    def find_problem(self, question, video, cache):
         """Why a question cannot be answered, if it cannot."""
         if video is None:
             return "Give me a video first: drop a file, give a link, or take one of the examples."
         if video.was_dropped:
             return "Other visitors' videos needed the memory that yours took. Please give it again."
-        if video.cache is None:
+        if cache is None:
             return "I have not seen the whole video. Its report says how far I am, or what is wrong with it."
         if not question:
             return "Write a question first."
@@ -316,6 +318,14 @@ def report_problem(problem):
     return f"<p><b>That did not work.</b> {html.escape(problem)}</p>"
 
 
+def describe_failure(error):
+    """What a visitor is told of an error that is not theirs; the rest is for the log."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "The GPU has too little memory left. Try again in a few minutes, or give a shorter video."
+    logging.error("Something failed on the page.", exc_info=error)
+    return "Something failed here that should not. The log of this page says what."
+
+
 def describe_model(path, model):
     """What the model can do and what it cannot, in Markdown."""
     name = Path(path).name if Path(path).exists() else path
@@ -325,7 +335,7 @@ def describe_model(path, model):
         "before it. What was read for an answer says where it comes from, not that it is right."
     )
     if Path(path).resolve() != TINY_MODEL.resolve():
-        return f"**{name}**, {size}. {every} It can be wrong, and says so to nobody: look at the moments it shows."
+        return f"**{name}**, {size}. {every} It can be wrong without saying so: look at the moments it shows."
     results = json.loads((TINY_MODEL / "evaluation.json").read_text())
     exact = "; ".join(f"{length}: {result['all']:.1%}" for length, result in results.items())
     return (

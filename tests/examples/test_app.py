@@ -17,6 +17,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from ask_video import TINY_MODEL, load
 from PIL import Image
 from synthetic_videos import sample_video, write_mp4
@@ -141,6 +142,13 @@ def test_unexpected_errors(make_page, videos, monkeypatch, caplog):
     report = watch(page, session, videos / "sequence.mp4")[-1]
     assert "Something failed here" in report and "NoneType" not in report and "NoneType" in caplog.text
     assert not page.shelf.videos
+    monkeypatch.undo()
+    watch(page, session, videos / "sequence.mp4")
+    monkeypatch.setattr(page.model, "generate", None)
+    assert ask(page, session, ORDER)[-1] == [ORDER, app.describe_failure(ValueError())]
+    monkeypatch.undo()
+    assert "purple" in ask(page, session, ORDER)[-1][-2]
+    assert "too little memory" in app.describe_failure(torch.OutOfMemoryError())
 
 
 def test_one_frame(make_page, videos):
@@ -167,6 +175,7 @@ def test_questions_that_cannot_be_asked(make_page, videos):
         ("http://10.0.0.1/video.mp4", "not public"),
         ("http://[::1]/video.mp4", "not public"),
         ("http://", "no host"),
+        ("http://[::1/video.mp4", "Invalid IPv6 URL"),
     ],
 )
 def test_links_that_are_refused(make_page, url, problem):
