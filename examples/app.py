@@ -306,6 +306,7 @@ class Page:
     def forget(self, session):
         """Gives back what a visitor who is gone has taken."""
         self.shelf.drop(session.video)
+        session.video = None  # and what is being encoded leaves off
 
 
 def report(*lines, progress=None):

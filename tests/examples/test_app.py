@@ -9,9 +9,7 @@ import sys
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import av
@@ -81,18 +79,6 @@ def ask(page, session, question):
 def texts_of(message):
     content = message["content"]
     return "".join(part for part in ([content] if isinstance(content, str) else content) if isinstance(part, str))
-
-
-@contextmanager
-def serving(folder):
-    """The URL of a server of a folder's files."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def test_watch_once_and_ask_twice(make_page, videos, monkeypatch):
@@ -184,7 +170,7 @@ def test_links_that_are_refused(make_page, url, problem):
     assert not isinstance(value, str)
 
 
-def test_links(make_page, videos):
+def test_links(make_page, videos, serving):
     with serving(videos) as host:
         page, session = make_page(), app.Session()
         *_, (report, _) = page.fetch(f"{host}/sequence.mp4", session)
@@ -224,8 +210,9 @@ def test_memory_is_bounded(make_page, videos):
 
     assert "Give a shorter video." in watch(page, second, videos / "long.mp4")[-1]
     assert page.shelf.videos == [third.video, first.video]
+    video = first.video
     page.forget(first)
-    assert page.shelf.videos == [third.video] and first.video.cache is None
+    assert page.shelf.videos == [third.video] and first.video is None and video.cache is None
 
 
 def test_a_gpu_that_is_full(make_page, videos, monkeypatch):

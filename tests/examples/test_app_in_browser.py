@@ -115,7 +115,10 @@ class Visitor:
 
     def ask(self, text):
         self.write("question", text)
-        self.find("#ask")[0].click()
+        self.click("ask")
+
+    def click(self, button):
+        self.find(f"#{button}")[0].click()
 
 
 @pytest.fixture
@@ -185,26 +188,50 @@ def test_a_visit(page, visit, keep_picture, tmp_path, monkeypatch):
     assert not errors
 
 
-def test_two_visitors_examples_and_links(page, monkeypatch, visit):
-    """Each has a video of their own. An example brings its question; a link stays outside of private networks."""
-    monkeypatch.setenv("GRADIO_IS_E2E_TEST", "1")  # who is gone is forgotten after a second, not after an hour
+def test_two_visitors_and_examples(page, monkeypatch, visit):
+    """Each has a video of their own, and an example brings its question. Who is gone is forgotten."""
+    monkeypatch.setenv("GRADIO_IS_E2E_TEST", "1")  # after a second, not after an hour
     first, second = visit(), visit()
     for visitor, row in ((first, 0), (second, 1)):
         visitor.see("#examples tbody tr")
         visitor.find("#examples tbody tr")[row].click()
     for visitor in (first, second):
         visitor.see("#report", "Ask.")
-    first.find("#ask")[0].click()
-    second.find("#ask")[0].click()
+        visitor.click("ask")
     assert "left" not in first.see("#chat", "green, then purple, then orange", "Seen at")
     assert "purple" not in second.see("#chat", "left", "Seen at")
-
-    first.write("link", "http://127.0.0.1:1/video.mp4")
-    first.find("#fetch")[0].click()
-    first.see("#report", "That did not work.", "an address that is not public")
-    second.see("#report", "Ask.")
-
     second.browser.close()
     first.wait(lambda: len(page.shelf.videos) == 1, "the video of a visitor who is gone is kept")
     first.ask("What came first?")
     first.see("#chat", "a green triangle")
+
+
+def test_who_leaves_early(page, monkeypatch, visit, tmp_path):
+    """What nobody waits for is not encoded to its end."""
+    monkeypatch.setenv("GRADIO_IS_E2E_TEST", "1")
+    write_mp4(tmp_path / "long.mp4", sample_video(4, 120, "sequence"))
+    gate = Gate(page.model.encode_video, 2)
+    monkeypatch.setattr(page.model, "encode_video", gate)
+    visitor, other = visit(), visit()
+    visitor.drop(tmp_path / "long.mp4")
+    visitor.see("#report", "16 of 120 frames")
+    visitor.browser.close()
+    other.wait(lambda: not page.shelf.videos, "the video of a visitor who is gone is kept")
+    gate.opened.set()
+    for _ in range(app.VIDEOS_AT_ONCE):
+        assert page.turns.acquire(timeout=DEADLINE)
+    assert gate.number == -1  # three segments of fifteen
+
+
+def test_links(page, visit, serving, tmp_path):
+    """They stay outside of private networks, unless that is allowed. The same link can be fetched again."""
+    write_mp4(tmp_path / "sequence.mp4", sample_video(8, 32, "sequence"))
+    visitor = visit()
+    with serving(tmp_path) as host:
+        visitor.write("link", f"{host}/sequence.mp4")
+        visitor.click("fetch")
+        visitor.see("#report", "That did not work.", "an address that is not public")
+        page.limits = SourceLimits(timeout=5)
+        for name in ("link_2.mp4", "link_3.mp4"):
+            visitor.click("fetch")
+            visitor.see("#report", name, "Ask.")
