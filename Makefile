@@ -1,11 +1,11 @@
 PYTHON ?= python3
 OLDEST = .venv/transformers-5.17.0
 # What hardly depends on the version of Transformers runs with the newest alone.
-ANY_TRANSFORMERS = tests/ops tests/parallel/test_ranks.py tests/video/test_decoding.py tests/video/test_fuzzing.py \
-	tests/video/test_index.py tests/video/test_sources.py
+ANY_TRANSFORMERS = tests/examples/test_app_in_browser.py tests/ops tests/parallel/test_ranks.py \
+	tests/video/test_decoding.py tests/video/test_fuzzing.py tests/video/test_index.py tests/video/test_sources.py
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
-.PHONY: demo docs lint test test-gpu test-latest
+.PHONY: demo docs lint space test test-gpu test-latest
 
 demo: .venv/.installed
 	.venv/bin/python examples/demo.py
@@ -25,6 +25,17 @@ docs: .venv-docs/.installed
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip install -q -r docs/requirements.txt
 	touch $@
+
+# The page as a folder to upload as a Space, with the package and the tiny model in it. See docs/page.md.
+SPACE = build/space
+space:
+	rm -rf $(SPACE)
+	mkdir -p $(SPACE)/examples $(SPACE)/checkpoints
+	cp examples/space/* $(SPACE)
+	cp examples/app.py examples/ask_video.py examples/find_moment.py examples/synthetic_videos.py $(SPACE)/examples
+	cp -r src/transformers_vamba $(SPACE)/examples
+	cp -r checkpoints/vamba-tiny $(SPACE)/checkpoints
+	find $(SPACE) -name __pycache__ -prune -exec rm -r {} +
 
 # For maintainers, before a release: whatever is newest on PyPI, without constraints and without our own upper bounds.
 test-latest:

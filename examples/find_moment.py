@@ -9,19 +9,22 @@ a timeline: how much of each time step was read.
 
 import argparse
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
 from ask_video import TINY_MODEL, VIDEO_CACHES, encode, load
 
 
-def answer_with_reading(model, processor, cache, question, max_new_tokens=128):
+def answer_with_reading(model, processor, cache, question, max_new_tokens=128, streamer=None):
     """
     The answer to a question about the video in a cache, how much of each time step was read for it, the tokens of
-    question and answer, and which of them are the answer.
+    question and answer, and which of them are the answer. A streamer of Transformers is given the tokens as they come.
     """
     inputs = processor.prepare_question(question).to(model.device)
-    tokens = model.generate(**inputs, cache=cache.fork(), max_new_tokens=max_new_tokens, do_sample=False)
+    tokens = model.generate(
+        **inputs, cache=cache.fork(), max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
+    )
     is_answer = (torch.arange(tokens.shape[1]) >= inputs["input_ids"].shape[1])[None]
     (reading,) = model.locate(tokens, cache, token_mask=is_answer)
     return processor.decode(tokens[is_answer], skip_special_tokens=True), reading, tokens, is_answer
@@ -49,14 +52,25 @@ def frames_at(processor, video, seconds):
     return frames
 
 
-def draw(path, question, reply, reading, moments, frames):
+def strongest_moments(reading, most):
+    """The `most` moments that were read most, in the order in which they happened."""
+    return sorted(sorted(reading.moments(), key=lambda moment: -moment.weight)[:most])
+
+
+def frames_of(processor, video, reading, moments):
+    """One frame of each moment: the step that was read most stands for it."""
+    best = [moment.first + int(reading.weights[moment.first : moment.last + 1].argmax()) for moment in moments]
+    return frames_at(processor, video, reading.seconds[best].numpy())
+
+
+def draw(path, question, reply, reading, moments, frames, size=(10, 4.2)):
     """Writes the picture: a strip of frames, one for each moment, above the timeline."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(10, 4.2), layout="constrained")
+    figure = plt.figure(figsize=size, layout="constrained")
     grid = figure.add_gridspec(2, max(len(moments), 1), height_ratios=(3, 2))
     for column, (moment, frame) in enumerate(zip(moments, frames)):
         axis = figure.add_subplot(grid[0, column])
@@ -70,7 +84,7 @@ def draw(path, question, reply, reading, moments, frames):
     timeline.set_xlabel("seconds")
     timeline.set_ylabel("share that was read")
     timeline.margins(x=0)
-    figure.suptitle(f"{question}  {reply}", fontsize=10)
+    figure.suptitle(shorten(f"{question}  {reply}", int(13 * size[0])), fontsize=10, parse_math=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -94,13 +108,10 @@ def main(arguments=None):
     cache = encode(model, processor, args.video, args.video_cache, num_frames=args.num_frames, fps=args.fps)
     reply, reading, *_ = answer_with_reading(model, processor, cache, args.question)
     print(f"Question: {args.question}\nAnswer:   {reply}")
-    moments = sorted(reading.moments(), key=lambda moment: -moment.weight)[: args.moments]
-    moments.sort()
+    moments = strongest_moments(reading, args.moments)
     for moment in moments:
         print(f"    {clock(moment.start)} to {clock(moment.stop)}: {moment.weight:.0%} of what was read")
-    # The step that was read most stands for its moment.
-    best = [moment.first + int(reading.weights[moment.first : moment.last + 1].argmax()) for moment in moments]
-    frames = frames_at(processor, args.video, reading.seconds[best].numpy())
+    frames = frames_of(processor, args.video, reading, moments)
     draw(args.output, args.question, reply, reading, moments, frames)
     print(f"{args.output} shows them.")
 
