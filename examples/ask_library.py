@@ -219,7 +219,7 @@ def main(arguments=None):
             start_ray(args.address)
             try:
                 workers = Workers.share_out(ray.cluster_resources(), args)
-                print(f"{workers.num_models} models on {workers.device}, at most {workers.num_decoders} decoders.")
+                print(f"Models: {workers.num_models}, on {workers.device}. Decoders: {workers.num_decoders} at most.")
                 decoder = {"model": model, "folder": folder, "sampling": sampling}
                 answerer = {"model": model, "folder": folder, "weight_bits": args.weight_bits, "encoding": encoding}
                 generation = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}

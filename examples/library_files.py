@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -157,29 +158,34 @@ class AnswerFolder:
                 raise SystemExit(
                     "\n".join([f"{self.path} has the answers of another run:", *lines, "Name another --output."])
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise SystemExit(
-                f"{self.path} is something else. Name a new folder as --output, or that of an earlier run."
-            )
+        elif self.path.exists() and not self.path.is_dir():
+            raise SystemExit(f"{self.path} is a file. Name a folder as --output.")
+        elif self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir()):
+            raise SystemExit(f"{self.path} holds something else. Name a new folder as --output, or an earlier run's.")
 
     @contextmanager
     def opened(self, settings: dict):
         """Makes the folder, or goes on with it, and keeps other runs out of it within the block."""
         self.check_is_ours(settings)
-        for folder in (self.parts, self.attempts):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.described, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise SystemExit(
-                f"Another run is writing to {self.path}. Wait for its end, or name another --output."
+                f"Another run is writing to {self.path}. Wait for it, or name another --output."
             ) from error
-        with lock:
-            for left_over in (*self.path.rglob(".*.partial"), *self.attempts.iterdir()):
+        try:
+            for left_over in self.path.rglob(".*.partial"):
                 left_over.unlink()
+            shutil.rmtree(self.attempts, ignore_errors=True)
+            write_whole(self.described, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+            for folder in (self.parts, self.attempts):
+                folder.mkdir(exist_ok=True)
             yield
+            shutil.rmtree(self.attempts)
+        finally:
+            lock.release()
 
     def part(self, video: str) -> Path:
         return self.parts / f"{self.key(video)}.parquet"
@@ -238,9 +244,7 @@ class AnswerFolder:
         path = self.attempts / f"{self.key(video)}.{stage}"
         num_killed = path.stat().st_size if path.exists() else 0
         if num_killed >= MAX_ATTEMPTS:
-            raise VideoError(
-                f"the process that was {stage} it was killed {num_killed} times: out of memory, or a crash"
-            )
+            raise VideoError(f"the process {stage} it was killed {num_killed} times: out of memory, or a crash")
         with open(path, "ab") as file:
             file.write(b".")
         try:
