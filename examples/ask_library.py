@@ -22,6 +22,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import ray
 import ray.data
 import torch
@@ -92,9 +93,7 @@ class Answerer:
             batches = [questions[i : i + self.batch_size] for i in range(0, len(questions), self.batch_size)]
             return [known | result for batch in batches for result in self.answer_batch(cache, batch)]
         except torch.OutOfMemoryError as error:
-            cache = None
-            torch.cuda.empty_cache()
-            raise VideoError(f"it does not fit on the GPU: {error}") from error
+            raise VideoError(f"It does not fit on the GPU: {error}") from error
 
     def answer_batch(self, cache: VambaCache, questions: list[str]) -> list[dict]:
         inputs = self.processor.prepare_question(questions).to(self.model.device)
@@ -180,7 +179,7 @@ def answer_all(unanswered: list[dict], workers: Workers, decoder: dict, answerer
             bar.update()
 
 
-def main(arguments=None):
+def build_parser():
     parser = argparse.ArgumentParser(description="Ask a Vamba model questions about many videos, with Ray.")
     parser.add_argument("library", type=Path, help="folder of videos, or table of questions: .csv, .jsonl, .parquet")
     parser.add_argument("questions", nargs="*", metavar="question", help="what to ask about each video of a folder")
@@ -194,21 +193,42 @@ def main(arguments=None):
     parser.add_argument(
         "--address", default="local", help="of a Ray cluster: auto or host:port (default: this machine)"
     )
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def prepare(args) -> tuple[dict, dict, dict]:
+    """
+    What decoders and what models are made with, and what the answers depend on beside video and question. Options that
+    no video can be read or kept with are a `ValueError`.
+    """
     for name in ("max_new_tokens", "batch_size", "models", "decoders"):
         if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-
-    questions = read_questions(args.library, args.questions)
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     model = str(Path(args.model).resolve() if Path(args.model).is_dir() else args.model)
     processor = VambaProcessor.from_pretrained(model)
     encoding = encoding_options(args, processor)
     sampling = {name: encoding.pop(name, None) for name in ("num_frames", "fps", "size")}
     sampling = {name: value for name, value in sampling.items() if value is not None}
-    check_options(parser, model, processor, sampling, encoding)
-
+    blank = np.zeros((2, 28, 28, 3), np.uint8)
+    processor.iter_video_segments(blank, segment_frames=encoding["segment_frames"], **sampling)
+    kept = {name: encoding[name] for name in ("video_pruning_rate", "max_video_tokens")}
+    VambaCache(VambaConfig.from_pretrained(model), video_cache_implementation=encoding["video_cache"], **kept)
     settings = {"model": identify(model), "weight_bits": args.weight_bits, "max_new_tokens": args.max_new_tokens}
-    settings |= sampling | {name: value for name, value in encoding.items() if name != "segment_frames"}
+    settings |= sampling | kept | {"video_cache": encoding["video_cache"]}
+    generation = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+    answerer = {"model": model, "weight_bits": args.weight_bits, "encoding": encoding, "generation": generation}
+    return {"model": model, "sampling": sampling}, answerer, settings
+
+
+def main(arguments=None):
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    questions = read_questions(args.library, args.questions)
+    try:
+        decoder, answerer, settings = prepare(args)
+    except ValueError as error:
+        parser.error(str(error))
+
     folder = AnswerFolder(args.output)
     with folder.opened(settings):
         root = args.library if args.library.is_dir() else args.library.parent
@@ -220,10 +240,7 @@ def main(arguments=None):
             try:
                 workers = Workers.share_out(ray.cluster_resources(), args)
                 print(f"Models: {workers.num_models}, on {workers.device}. Decoders: {workers.num_decoders} at most.")
-                decoder = {"model": model, "folder": folder, "sampling": sampling}
-                answerer = {"model": model, "folder": folder, "weight_bits": args.weight_bits, "encoding": encoding}
-                generation = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
-                answer_all(unanswered, workers, decoder, answerer | {"generation": generation})
+                answer_all(unanswered, workers, decoder | {"folder": folder}, answerer | {"folder": folder})
             except KeyboardInterrupt:
                 print(f"\nStopped. What is answered is in {folder.parts}; the same command goes on.", file=sys.stderr)
                 sys.exit(130)
@@ -232,17 +249,6 @@ def main(arguments=None):
         table = folder.finish(questions)
     num_errors = len(table) - table["error"].null_count
     print(f"{folder.path / 'answers.parquet'}: {len(table)} rows, {num_errors} with an error instead of an answer.")
-
-
-def check_options(parser, model: str, processor, sampling: dict, encoding: dict) -> None:
-    """Ends the program for options that no video could be read or kept with, before anything is started."""
-    config = VambaConfig.from_pretrained(model)
-    cache = {"video_cache_implementation": encoding["video_cache"]}
-    try:
-        processor.video_processor.complete_kwargs(sampling)
-        VambaCache(config, **cache, **{name: encoding[name] for name in ("video_pruning_rate", "max_video_tokens")})
-    except ValueError as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -64,9 +64,7 @@ def read_questions(library: Path, questions: list[str]) -> pa.Table:
 
 def ask_each(folder: Path, questions: list[str]) -> pa.Table:
     if not questions:
-        raise SystemExit(
-            f'{folder} is a folder of videos: what is to be asked of each? Say it after it: "What happens?"'
-        )
+        raise SystemExit(f'{folder} is a folder of videos. Name the questions about each after it: "What happens?"')
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
     if not found:
         raise SystemExit(f"{folder} has no videos, by the ends of their names: {', '.join(VIDEO_SUFFIXES)}.")
@@ -244,7 +242,9 @@ class AnswerFolder:
         path = self.attempts / f"{self.key(video)}.{stage}"
         num_killed = path.stat().st_size if path.exists() else 0
         if num_killed >= MAX_ATTEMPTS:
-            raise VideoError(f"the process {stage} it was killed {num_killed} times: out of memory, or a crash")
+            raise VideoError(
+                f"The process {stage} it was killed {num_killed} times: by a crash, or as no memory was left."
+            )
         with open(path, "ab") as file:
             file.write(b".")
         try:
