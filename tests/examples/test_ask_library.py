@@ -90,13 +90,13 @@ def program(library, output, *arguments):
 
 
 def test_killed_and_resumed(library, expected, tmp_path):
-    """Two models at once, killed by `kill -9` and started again: the answers of `ask_video.py`, every row once."""
+    """Killed by `kill -9` and started again with a second model: the answers of `ask_video.py`, every row once."""
     output = tmp_path / "answers"
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as ray_folder:
         # Paths of sockets have to be short, and the token need not be kept.
         environ = os.environ | {"RAY_TMPDIR": ray_folder, "RAY_AUTH_TOKEN": "0" * 64}
         environ.pop("RAY_USAGE_STATS_ENABLED", None)
-        command = program(library, output, "--models", "2", "--decoders", "1")
+        command = program(library, output)
         log = tmp_path / "log"
         with open(log, "w") as file:
             process = subprocess.Popen(command, env=environ, stdout=file, stderr=subprocess.STDOUT)
@@ -118,6 +118,7 @@ def test_killed_and_resumed(library, expected, tmp_path):
         known = [row for path in parts for row in pq.read_table(path).to_pylist()]
         failed = {path for path in parts if any(row["error"] for row in pq.read_table(path).to_pylist())}
 
+        command += ["--models", "2", "--decoders", "1"]
         again = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=200)
         assert again.returncode == 0, again.stderr[-3000:]
         assert not [process for process in psutil.process_iter() if ray_folder in command_of(process)]
