@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import logging
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,9 @@ class Workers:
         num_decoders = args.decoders or max(num_models, num_cpus // 4)
         if device == "cuda":
             if not 0 < num_models <= num_gpus:
-                raise SystemExit(f"{num_models} models need as many GPUs, and there are {num_gpus}. See --device cpu.")
+                raise SystemExit(
+                    f"--device cuda needs a GPU for each of --models {args.models or 1}: Ray has {num_gpus}."
+                )
             return cls(device, num_models, num_decoders, {"num_gpus": 1}, {"num_cpus": 1})
         # Workers share CPUs if there are fewer. PyTorch takes as many threads as Ray gives it CPUs.
         share = min(1, int(1000 * num_cpus / (num_models + num_decoders)) / 1000)
@@ -149,8 +152,17 @@ class Workers:
 def start_ray(address: str) -> None:
     """A Ray of this machine alone (`"local"`), or the cluster at an address."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():  # Ray itself tries for many minutes
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise SystemExit(f"No Ray cluster answers at {address}: {error}") from error
     options = {"include_dashboard": False} if address == "local" else {}
-    ray.init(address=address, logging_level="WARNING", **options)
+    try:
+        ray.init(address=address, logging_level="WARNING", **options)
+    except ConnectionError as error:
+        raise SystemExit(f"No Ray cluster for --address {address}: {error}") from error
     for name, level in {"ray.data": "WARNING", "ray.data._internal.progress": "ERROR"}.items():
         logging.getLogger(name).setLevel(level)  # the progress that is shown is our own
     ray.data.DataContext.get_current().enable_progress_bars = False

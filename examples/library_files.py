@@ -95,7 +95,9 @@ def read_jsonl(path: Path) -> pa.Table:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise SystemExit(f"{path}: line {number} is not JSON: {error}") from error
+                raise SystemExit(
+                    f"{path}: line {number} is not JSON: {error.msg}, at character {error.pos + 1}"
+                ) from error
             if not isinstance(rows[-1], dict):
                 raise SystemExit(f"{path}: line {number} is not a JSON object: {line.strip()[:100]}")
     columns = {}

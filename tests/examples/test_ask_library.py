@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -273,7 +274,7 @@ def test_a_folder_of_videos(library):
         ("q.csv", "video,question,answer\na.mp4,Who?,Ann\n", "writes 'answer' itself: give it another name"),
         ("q.csv", "video,question,x,x\na.mp4,Who?,1,2\n", r"several \['x'\]"),
         ("q.csv", b"video,question\na.mp4,\xff?\n", "could not be read: 'utf-8'"),
-        ("q.jsonl", '{"video": "a.mp4", "question": "Who?"}\n{"video": \n', "line 2 is not JSON"),
+        ("q.jsonl", '{"video": "a.mp4", "question": "Who?"}\n{"video": \n', "line 2 is not JSON: .*, at character 11"),
         ("q.jsonl", '["a.mp4", "Who?"]\n', "line 1 is not a JSON object"),
         ("q.jsonl", '{"video": "a.mp4", "question": 1}\n', "row 1 needs text as its 'question', got 1"),
         (
@@ -355,10 +356,19 @@ def test_workers(cluster, arguments, expected):
     assert ask_library.Workers.share_out(cluster, args) == ask_library.Workers(*expected)
 
 
-def test_more_models_than_gpus():
-    args = ask_library.build_parser().parse_args(["videos", "--output", "answers", "--models", "3"])
-    with pytest.raises(SystemExit, match="3 models need as many GPUs, and there are 2"):
-        ask_library.Workers.share_out({"CPU": 8, "GPU": 2}, args)
+@pytest.mark.parametrize(("num_gpus", "num_models"), [(2, 3), (0, 1)])
+def test_more_models_than_gpus(num_gpus, num_models):
+    arguments = ["videos", "--output", "answers", "--device", "cuda", *(["--models", "3"] if num_models == 3 else [])]
+    args = ask_library.build_parser().parse_args(arguments)
+    with pytest.raises(SystemExit, match=f"a GPU for each of --models {num_models}: Ray has {num_gpus}"):
+        ask_library.Workers.share_out({"CPU": 8, "GPU": num_gpus}, args)
+
+
+def test_a_cluster_that_is_not_there():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = "127.0.0.1:{1}".format(*server.getsockname())
+    with pytest.raises(SystemExit, match=f"No Ray cluster answers at {address}"):
+        ask_library.start_ray(address)
 
 
 @pytest.mark.parametrize(
