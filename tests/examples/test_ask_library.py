@@ -274,7 +274,7 @@ def test_a_folder_of_videos(library):
         ("q.csv", "video,question,answer\na.mp4,Who?,Ann\n", "writes 'answer' itself: give it another name"),
         ("q.csv", "video,question,x,x\na.mp4,Who?,1,2\n", r"several \['x'\]"),
         ("q.csv", b"video,question\na.mp4,\xff?\n", "could not be read: 'utf-8'"),
-        ("q.jsonl", '{"video": "a.mp4", "question": "Who?"}\n{"video": \n', "line 2 is not JSON: .*, at character 11"),
+        ("q.jsonl", '{"video": "a.mp4", "question": "Who?"}\n{"video": \n', "line 2 is not JSON: .*, at character 12"),
         ("q.jsonl", '["a.mp4", "Who?"]\n', "line 1 is not a JSON object"),
         ("q.jsonl", '{"video": "a.mp4", "question": 1}\n', "row 1 needs text as its 'question', got 1"),
         (
@@ -364,7 +364,8 @@ def test_more_models_than_gpus(num_gpus, num_models):
         ask_library.Workers.share_out({"CPU": 8, "GPU": num_gpus}, args)
 
 
-def test_a_cluster_that_is_not_there():
+def test_a_cluster_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = "127.0.0.1:{1}".format(*server.getsockname())
     with pytest.raises(SystemExit, match=f"No Ray cluster answers at {address}"):
