@@ -260,7 +260,7 @@ def main(arguments=None):
                 ray.shutdown()
         table = folder.finish(questions)
     num_errors = len(table) - table["error"].null_count
-    print(f"{folder.path / 'answers.parquet'}: {len(table)} rows, {num_errors} with an error instead of an answer.")
+    print(f"{args.output / 'answers.parquet'}: {len(table)} rows, {num_errors} with an error instead of an answer.")
 
 
 if __name__ == "__main__":
