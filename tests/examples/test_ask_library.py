@@ -103,7 +103,7 @@ def test_killed_and_resumed(library, expected, tmp_path):
             process = subprocess.Popen(command, env=environ, stdout=file, stderr=subprocess.STDOUT)
         children = []
         try:
-            deadline = time.monotonic() + 200
+            deadline = time.monotonic() + 500
             while len(list(output.glob("parts/*.parquet"))) < 2:
                 assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
                 time.sleep(0.01)
@@ -120,7 +120,7 @@ def test_killed_and_resumed(library, expected, tmp_path):
         failed = {path for path in parts if any(row["error"] for row in pq.read_table(path).to_pylist())}
 
         command += ["--models", "2", "--decoders", "1"]
-        again = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=200)
+        again = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=500)
         assert again.returncode == 0, again.stderr[-3000:]
         assert not [process for process in psutil.process_iter() if ray_folder in command_of(process)]
 
