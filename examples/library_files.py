@@ -56,7 +56,7 @@ def read_questions(library: Path, questions: list[str]) -> pa.Table:
         raise SystemExit(f"{library} has the questions already. Those of the command line go with a folder of videos.")
     try:
         table = readers[library.suffix.lower()](library)
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+    except (OSError, UnicodeError, csv.Error, pa.ArrowException) as error:
         raise SystemExit(f"{library} could not be read: {error}") from error
     check_columns(library, table)
     return table
@@ -70,7 +70,12 @@ def ask_each(folder: Path, questions: list[str]) -> pa.Table:
         raise SystemExit(f"{folder} has no videos, by the ends of their names: {', '.join(VIDEO_SUFFIXES)}.")
     videos = [path.relative_to(folder).as_posix() for path in found]
     pairs = [(video, question) for video in videos for question in questions]
-    return pa.table(list(zip(*pairs)), names=list(COLUMNS))
+    try:
+        return pa.table(list(zip(*pairs)), names=list(COLUMNS))
+    except UnicodeError as error:
+        raise SystemExit(
+            f"{folder} has a file whose name is not UTF-8, and cannot stand in a table: {error}"
+        ) from error
 
 
 def read_csv(path: Path) -> pa.Table:
@@ -257,7 +262,7 @@ class AnswerFolder:
 
 def read_part(path: Path) -> list[dict]:
     try:
-        return pq.read_table(path, schema=PART_SCHEMA).to_pylist()
+        return pq.ParquetFile(path).read().to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise SystemExit(f"{path} is damaged: remove it, and its video is asked again ({error})") from error
 

@@ -274,6 +274,7 @@ def test_a_folder_of_videos(library):
         ("q.csv", "video,question,answer\na.mp4,Who?,Ann\n", "writes 'answer' itself: give it another name"),
         ("q.csv", "video,question,x,x\na.mp4,Who?,1,2\n", r"several \['x'\]"),
         ("q.csv", b"video,question\na.mp4,\xff?\n", "could not be read: 'utf-8'"),
+        ("q.csv", "video,question\na.mp4,%s\n" % ("?" * 200_000), "field larger than field limit"),
         ("q.jsonl", '{"video": "a.mp4", "question": "Who?"}\n{"video": \n', "line 2 is not JSON: .*, at character 12"),
         ("q.jsonl", '["a.mp4", "Who?"]\n', "line 1 is not a JSON object"),
         ("q.jsonl", '{"video": "a.mp4", "question": 1}\n', "row 1 needs text as its 'question', got 1"),
@@ -297,6 +298,9 @@ def test_questions_that_are_wrong(library, tmp_path):
     with pytest.raises(SystemExit, match="Name the questions about each"):
         read_questions(library / "videos", [])
     with pytest.raises(SystemExit, match="has no videos"):
+        read_questions(tmp_path, ["Who?"])
+    (tmp_path / "\udcff.mp4").touch()
+    with pytest.raises(SystemExit, match="whose name is not UTF-8"):
         read_questions(tmp_path, ["Who?"])
     with pytest.raises(SystemExit, match="could not be read.*No such file"):
         read_questions(tmp_path / "q.csv", [])
