@@ -1,8 +1,9 @@
 PYTHON ?= python3
 OLDEST = .venv/transformers-5.17.0
 # What hardly depends on the version of Transformers runs with the newest alone.
-ANY_TRANSFORMERS = tests/examples/test_app_in_browser.py tests/ops tests/parallel/test_ranks.py \
-	tests/video/test_decoding.py tests/video/test_fuzzing.py tests/video/test_index.py tests/video/test_sources.py
+ANY_TRANSFORMERS = tests/examples/test_app_in_browser.py tests/examples/test_ask_library.py tests/ops \
+	tests/parallel/test_ranks.py tests/video/test_decoding.py tests/video/test_fuzzing.py tests/video/test_index.py \
+	tests/video/test_sources.py
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
 .PHONY: demo docs lint space test test-gpu test-latest

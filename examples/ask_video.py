@@ -135,14 +135,11 @@ def check_memory(path, video, device, options):
         raise SystemExit("\n".join(["It does not fit. What would:", *lines] if ways else ["It does not fit."]))
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Ask a Vamba model questions about a video.")
-    parser.add_argument("video", help="path or URL of a video file")
-    parser.add_argument("questions", nargs="+", metavar="question")
+def add_model_arguments(parser):
+    """The checkpoint, how its weights are held, and what [`encoding_options`] reads."""
     parser.add_argument(
         "--model", default=TINY_MODEL, help="folder or Hub name of a checkpoint (default: the tiny one)"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--num-frames", type=int, help="how many frames to look at (default: the processor's)")
     parser.add_argument("--fps", type=float, help="or how many a second")
     parser.add_argument("--longest-edge", type=int, help="pixels to which a larger frame is shrunk")
@@ -151,14 +148,28 @@ def main():
     parser.add_argument("--pruning-rate", type=float, default=0.0, help="share of the video's tokens to drop")
     parser.add_argument("--max-video-tokens", type=int, help="the most tokens to keep of the video")
     parser.add_argument("--weight-bits", type=int, choices=WEIGHT_BITS, help="quantize the weights")
-    args = parser.parse_args()
 
-    processor = VambaProcessor.from_pretrained(args.model)
+
+def encoding_options(args, processor):
+    """Arguments of [`encode`] from those of the command line."""
     options = {"num_frames": args.num_frames, "fps": args.fps, "segment_frames": args.segment_frames}
     options |= {"video_cache": args.video_cache, "video_pruning_rate": args.pruning_rate}
     options["max_video_tokens"] = args.max_video_tokens
     if args.longest_edge:
         options["size"] = frame_size(processor, args.longest_edge)
+    return options
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Ask a Vamba model questions about a video.")
+    parser.add_argument("video", help="path or URL of a video file")
+    parser.add_argument("questions", nargs="+", metavar="question")
+    add_model_arguments(parser)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+
+    processor = VambaProcessor.from_pretrained(args.model)
+    options = encoding_options(args, processor)
     check_memory(args.model, args.video, args.device, {**options, "weight_bits": args.weight_bits})
 
     model, processor = load(args.model, args.device, args.weight_bits)

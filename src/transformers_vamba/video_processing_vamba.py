@@ -184,7 +184,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
         if not videos:
             raise ValueError("Expected at least one video, got none.")
         given = self._metadata_of_each(videos, completed["video_metadata"])
-        read = [self._read_sampled(video, metadata, completed) for video, metadata in zip(videos, given, strict=True)]
+        read = [self.read_sampled(video, metadata, completed) for video, metadata in zip(videos, given, strict=True)]
         frames, metadata = zip(*read, strict=True)
         outputs = self.preprocess_resized(list(frames), **{**kwargs, "video_metadata": list(metadata)})
         if completed["return_video_timestamps"]:
@@ -216,7 +216,7 @@ class VambaVideoProcessor(BaseVideoProcessor):
         own = {"do_resize": False, "do_sample_frames": False, "do_convert_rgb": False, "num_frames": None, "fps": None}
         return super().preprocess(videos, **{**kwargs, **own, "input_data_format": "channels_first"})
 
-    def _read_sampled(self, video, metadata: VideoMetadata | None, kwargs: dict) -> tuple[torch.Tensor, VideoMetadata]:
+    def read_sampled(self, video, metadata: VideoMetadata | None, kwargs: dict) -> tuple[torch.Tensor, VideoMetadata]:
         """The sampled frames of one video, resized, of shape (frames, channels, height, width), and its metadata."""
         if is_of(video, VideoWithOptions):
             video, kwargs = video.video, self.choose_sampling({**kwargs, **replace_sampling(video.options)})

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_vamba import cache_of, make_media, make_text
 
 from transformers_vamba import VambaCache
+from transformers_vamba.cache.steps import VideoSteps
 
 
 VIDEO, TIMES = make_media("video", (5, 4, 6)), torch.tensor([0, 500, 1250, 1500, 2000])
@@ -35,6 +36,16 @@ def test_steps_are_noted_as_segments_come(model):
     assert known(cache) == known(whole)
     cache.reset()
     assert cache.steps == {}
+
+
+def test_steps_that_are_dropped_leave_a_mark():
+    """One for each gap, that begins when the step before it ended; also of gaps that grow together."""
+    steps = VideoSteps().append(8, 2, 1000 * torch.arange(8)).select(torch.tensor([0, 1, 2, 8, 9, 15]))
+    assert (steps.num_tokens.tolist(), steps.seconds.tolist()) == ([2, 1, 0, 2, 0, 1], [0, 1, 2, 4, 5, 7])
+    steps = steps.select(torch.tensor([0, 2, 5]))
+    assert (steps.num_tokens.tolist(), steps.seconds.tolist()) == ([1, 1, 0, 1], [0, 1, 2, 7])
+    steps = steps.append(2, 3).select(torch.tensor([1, 8]))
+    assert (steps.num_tokens.tolist(), steps.timestamps_ms.tolist()) == ([1, 0, 1], [1000, 2000, -1])
 
 
 def test_each_row_has_its_own(model):

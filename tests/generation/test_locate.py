@@ -154,6 +154,14 @@ def test_moments():
         reading.moments(least=0)
 
 
+def test_no_moment_reaches_across_what_was_dropped():
+    """A step of no weight begins each gap."""
+    seconds = torch.tensor([0, 1, 10, 11, 12, 600], dtype=torch.float64)
+    reading = VideoReading(torch.tensor([0.2, 0.0, 0.2, 0.2, 0.0, 0.4]), seconds)
+    moments = [(each.first, each.last, each.start, each.stop) for each in reading.moments()]
+    assert moments == [(0, 0, 0.0, 1.0), (2, 3, 10.0, 12.0), (5, 5, 600.0, 601.0)]
+
+
 def test_one_step_is_all_there_is(model, tmp_path):
     """Of a folder that was saved before steps were kept, too."""
     cache = model.encode_video(**VIDEO)
@@ -167,6 +175,10 @@ def test_what_cannot_be_located(model):
     cache, text = model.encode_video(**VIDEO), make_text()
     with pytest.raises(ValueError, match="`cache` holds no video to be read"):
         model.locate(text, VambaCache(model.config))
+    with pytest.raises(TypeError, match="`token_mask` must be a torch.Tensor, got list"):
+        model.locate(text, cache, token_mask=[[True] * 12])
+    with pytest.raises(ValueError, match=r"`attention_mask` must have shape \(1, 12\), got \(1, 1, 12, 12\)"):
+        model.locate(text, cache, attention_mask=torch.ones(1, 1, 12, 12))
     with pytest.raises(ValueError, match="`token_mask` marks no token in row 0, or only the first one"):
         model.locate(text, cache, token_mask=torch.arange(12)[None] == 0)
     with pytest.raises(ValueError, match=r"`token_mask` must have shape \(1, 12\), got \(1, 3\)"):

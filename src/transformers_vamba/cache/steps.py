@@ -20,7 +20,9 @@ class VideoSteps:
     image. Nothing is changed in place: appending gives a new record.
 
     Args:
-        num_tokens (`torch.Tensor` of shape `(num_steps,)`): Tokens of each step, on the CPU.
+        num_tokens (`torch.Tensor` of shape `(num_steps,)`):
+            Tokens of each step, on the CPU. A step of none stands for all that was dropped from where it begins to
+            the next step.
         timestamps_ms (`torch.Tensor` of shape `(num_steps,)`):
             When each step begins, in milliseconds after the first frame; -1 if that is not known. They start anew with
             each video of a conversation.
@@ -44,10 +46,15 @@ class VideoSteps:
         )
 
     def select(self, indices: torch.Tensor) -> "VideoSteps":
-        """The record with some of the tokens, and with the steps that have any left."""
+        """
+        The record with some of the tokens: the steps that have any left, and the first step of each gap after them,
+        which tells when the step before ended.
+        """
         steps = torch.arange(len(self.num_tokens)).repeat_interleave(self.num_tokens)
         num_tokens = steps[indices.cpu()].bincount(minlength=len(self.num_tokens))
-        return VideoSteps(num_tokens[num_tokens > 0], self.timestamps_ms[num_tokens > 0])
+        stays = num_tokens > 0
+        stays[1:] |= stays[:-1].clone()
+        return VideoSteps(num_tokens[stays], self.timestamps_ms[stays])
 
     @property
     def seconds(self) -> torch.Tensor:

@@ -306,8 +306,11 @@ class VambaGenerationMixin(GenerationMixin):
             raise ValueError(f"Row {all_rows.index(None)} reads no video of the cache (`cache.rows` is {all_rows}).")
         is_text = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         token_mask = is_text if token_mask is None else token_mask
-        if token_mask.shape != input_ids.shape:
-            raise ValueError(f"`token_mask` must have shape {tuple(input_ids.shape)}, got {tuple(token_mask.shape)}.")
+        for name, mask in (("attention_mask", is_text), ("token_mask", token_mask)):
+            if not isinstance(mask, torch.Tensor):
+                raise TypeError(f"`{name}` must be a torch.Tensor, got {type(mask).__name__}.")
+            if mask.shape != input_ids.shape:
+                raise ValueError(f"`{name}` must have shape {tuple(input_ids.shape)}, got {tuple(mask.shape)}.")
         is_text, token_mask = is_text.bool().cpu(), token_mask.bool().cpu()
         predicts = torch.zeros_like(is_text)
         predicts[:, :-1] = is_text[:, :-1] & is_text[:, 1:] & token_mask[:, 1:]

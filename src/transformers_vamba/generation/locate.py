@@ -45,7 +45,9 @@ class VideoReading(NamedTuple):
     How much of each time step of a video was read.
 
     Args:
-        weights (`torch.FloatTensor` of shape `(num_steps,)`): Shares of the steps, which sum to 1, on the CPU.
+        weights (`torch.FloatTensor` of shape `(num_steps,)`):
+            Shares of the steps, which sum to 1, on the CPU. Of a video that `max_video_tokens` has thinned out a step
+            of weight 0 stands for each gap.
         seconds (`torch.DoubleTensor` of shape `(num_steps,)`):
             When each step begins, in seconds after the first frame; NaN if that is not known.
     """
@@ -78,7 +80,8 @@ class VideoReading(NamedTuple):
         """When each step ends: when the next begins, or after the usual time if there is none."""
         lengths = self.seconds.diff(append=self.seconds.new_tensor([float("nan")]))
         is_last = ~(lengths > 0)
-        return self.seconds + torch.where(is_last, lengths[~is_last].median(), lengths)
+        usual = lengths[~is_last & (self.weights > 0)].median()  # a gap in what is left of a video has no tokens
+        return self.seconds + torch.where(is_last, usual, lengths)
 
 
 class Reader:
