@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pyarrow as pa
@@ -19,7 +20,7 @@ import pytest
 import torch
 from ask_video import answer, encode, load
 from filelock import FileLock
-from library_files import MAX_ATTEMPTS, RESULTS, AnswerFolder, VideoError, read_questions
+from library_files import MAX_ATTEMPTS, RESULTS, AnswerFolder, VideoError, locate_source, read_questions
 from synthetic_videos import STORIES, sample_video, write_mp4
 from tiny_vamba import ROOT, TINY_CHECKPOINT
 
@@ -251,6 +252,20 @@ def test_columns_of_a_parquet_file_keep_their_types(tmp_path, folder):
     folder.finish(read)
     written = pq.read_table(folder.path / "answers.parquet")
     assert written.schema.names == [*table.schema.names, *RESULTS] and written.select(table.schema.names) == table
+
+
+@pytest.mark.parametrize(
+    ("video", "source"),
+    [
+        ("films/a b.mp4", "/library/films/a b.mp4"),
+        ("/elsewhere/a.mp4", "/elsewhere/a.mp4"),
+        ("https://example.org/a.mp4", "https://example.org/a.mp4"),
+        ("file:///elsewhere/a.mp4", "file:///elsewhere/a.mp4"),
+        ("data:video/mp4;base64,AAAA", "data:video/mp4;base64,AAAA"),
+    ],
+)
+def test_what_is_opened(video, source):
+    assert locate_source(video, Path("/library")) == source
 
 
 def test_a_folder_of_videos(library):
