@@ -37,10 +37,6 @@ from transformers import Qwen2VLImageProcessor
 from transformers_vamba import VambaProcessor, VambaVideoProcessor
 
 
-sys.path.append(str(Path(__file__).parents[1]))
-from synthetic_videos import sample_video, write_mp4  # noqa: E402
-
-
 TINY_MODEL = Path(__file__).parents[2] / "checkpoints" / "vamba-tiny"
 NUM_SHORT_VIDEOS = 4
 COLUMNS = {
