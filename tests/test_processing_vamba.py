@@ -369,6 +369,20 @@ def test_save_and_load(processor, tmp_path, video_file):
             assert torch.equal(value, expected[name]), name
 
 
+def test_loose_arguments_join_the_others(processor, video_file):
+    """In Transformers 5.17 they would take their place."""
+    outputs = processor.apply_chat_template(
+        user(Path(video_file), "What?"),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        num_frames=4,
+        processor_kwargs={"return_video_timestamps": True},
+    )
+    assert outputs["video_grid_thw"][0, 0] == 2
+    assert outputs["video_timestamps_ms"].shape == (2,)
+
+
 def test_checkpoint_that_describes_only_an_image_processor(processor, tmp_path, video_file):
     """The published checkpoint has such files; so has Qwen2-VL's."""
     processor.tokenizer.chat_template = processor.chat_template

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processor class for Vamba."""
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -322,13 +324,19 @@ class VambaProcessor(Qwen2VLProcessor):
             videos = normalize_videos(videos)
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
 
-    def apply_chat_template(self, conversation, *args, **kwargs):
+    def apply_chat_template(self, conversation, *args, processor_kwargs: dict[str, Any] | None = None, **kwargs):
         """
         See [`~transformers.ProcessorMixin.apply_chat_template`]. A part of a message may also be OpenAI's `video_url`,
         `input_video`, `image_url`, `input_image` or `input_text`; and a video may bring `fps`, `num_frames` (or
         `nframes`), `min_frames`, `max_frames`, `min_pixels`, `max_pixels`, `size` and `on_damage` for itself.
         """
-        return super().apply_chat_template(plain_conversation(conversation), *args, **kwargs)
+        named = inspect.signature(super().apply_chat_template).parameters
+        if processor_kwargs and not kwargs.keys() <= named.keys():
+            # Together, for in Transformers 5.17 loose arguments take the place of `processor_kwargs`.
+            kwargs = processor_kwargs | kwargs
+        return super().apply_chat_template(
+            plain_conversation(conversation), *args, processor_kwargs=processor_kwargs, **kwargs
+        )
 
     def _process_videos(self, videos, **kwargs):
         processed = self.video_processor(videos, **kwargs)
