@@ -2,6 +2,7 @@
 """Questions that wait together go through the model together, if they can."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -90,6 +91,28 @@ def test_a_batch_has_a_greatest_size(server, held, monkeypatch):
     answers, rows = held(*[one] * 5)
     assert answers == [QUESTION.answer] * 5
     assert sum(rows) == 5 and max(rows) == 2
+
+
+def test_those_who_got_their_answers_together_are_waited_for(server, monkeypatch):
+    """Of two who were answered at once, the first to ask again waits for the other."""
+    one = lambda: answer(ask(server, video("movement.mp4"), text(QUESTION.text)))  # noqa: E731
+    answers, generate, rows = server.handler.answering, server.handler.model.generate, []
+    one()
+    monkeypatch.setattr(server.handler.model, "generate", lambda **inputs: (rows.append(1), generate(**inputs)))
+    one()  # alone before, alone again
+    assert answers._num_expected == 1 and len(rows) == 1
+    monkeypatch.setattr(answering, "GATHERING_SECONDS", 30)
+    monkeypatch.setattr(answering, "LONGEST_GATHERING", 30)
+    with answers._changed:
+        answers._num_expected = 2
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(one)
+        deadline = time.monotonic() + 30
+        while not answers._waiting:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert [one(), first.result()] == [QUESTION.answer] * 2
+    assert len(rows) == 2
 
 
 def test_a_batch_that_does_not_fit_is_answered_one_by_one(server, held, monkeypatch):

@@ -4,6 +4,7 @@
 import asyncio
 import copy
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -17,8 +18,9 @@ from ..processing_vamba import VambaProcessor
 
 
 MAX_ROWS = 16  # questions that are answered at a time
-# How long a batch waits for as many questions as the last one had: those who got their answers together ask together.
-GATHERING_SECONDS = 0.02
+# Those who got their answers together ask again at nearly the same time: how long a batch waits for the next of them,
+# and for all of them.
+GATHERING_SECONDS, LONGEST_GATHERING = 0.05, 0.2
 
 
 class Question:
@@ -46,7 +48,8 @@ class Question:
         self.num_tokens = 0
         self.finish_reason: str | None = None  # "stop" or "length"
         self.is_cancelled = False
-        self._settings = config.to_dict() | {"max_new_tokens": None}  # each row has its own
+        # Questions of one topic can be one batch. Each has a length of its own.
+        self.topic = (id(cache), config.to_dict() | {"max_new_tokens": None})
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[str | Exception | None] = asyncio.Queue()
         self._held = ""  # text that may be the beginning of a stop string
@@ -58,8 +61,7 @@ class Question:
 
     def can_go_with(self, other: "Question") -> bool:
         """Whether one call of `generate` can answer both."""
-        has_seed = self.seed is not None or other.seed is not None
-        return not has_seed and self.cache is other.cache and self._settings == other._settings
+        return self.seed is None and other.seed is None and self.topic == other.topic
 
     def cancel(self) -> None:
         """Ends the answer: nobody reads it."""
@@ -154,7 +156,9 @@ class Answering:
     def __init__(self, model: PreTrainedModel, processor: VambaProcessor, submit: Callable):
         self.model, self.tokenizer, self.submit = model, processor.tokenizer, submit
         self._waiting: list[Question] = []
-        self._num_rows = 1  # of the last batch
+        # Of the last batch: what it was about, and its questions with those that waited for the same at its end.
+        self._last_topic: tuple | None = None
+        self._num_expected = 1
         self._changed = threading.Condition()
 
     def ask(self, question: Question) -> None:
@@ -170,11 +174,21 @@ class Answering:
             if not self._waiting:  # answered with another one
                 return
             first = self._waiting[0]
-            self._changed.wait_for(lambda: len(self._batch_of(first)) >= self._num_rows, GATHERING_SECONDS)
+            if first.topic == self._last_topic:
+                self._gather(first)
             batch = self._batch_of(first)
-            self._num_rows = len(batch)
             self._waiting = [question for question in self._waiting if question not in batch]
         self._answer_or_fail(batch)
+        with self._changed:
+            self._last_topic = first.topic
+            self._num_expected = min(MAX_ROWS, len(batch) + sum(map(first.can_go_with, self._waiting)))
+
+    def _gather(self, first: Question) -> None:
+        """Waits until as many questions as expected can be answered with this one, or none comes for a moment."""
+        deadline = time.monotonic() + LONGEST_GATHERING
+        while len(self._batch_of(first)) < self._num_expected and time.monotonic() < deadline:
+            if not self._changed.wait(GATHERING_SECONDS):
+                break
 
     def _answer_or_fail(self, batch: list[Question]) -> None:
         try:

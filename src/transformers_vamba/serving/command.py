@@ -13,6 +13,7 @@ from transformers.cli.serving import chat_completion, server
 from ..video.download import SourceLimits
 from .app import build_vamba_server
 from .chat import ServingOptions, VambaChatCompletionHandler
+from .errors import RequestError
 
 
 MIB, GIB = 2**20, 2**30
@@ -22,9 +23,7 @@ def make_options(
     media_root: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of images and videos that requests may name by path. Without it they may name none.",
-            exists=True,
-            file_okay=False,
+            help="Folder of images and videos that requests may name by path. Without it they may name none."
         ),
     ] = None,
     allowed_hosts: Annotated[
@@ -48,15 +47,17 @@ def make_options(
     ] = None,
     video_folder: Annotated[
         Path | None,
-        typer.Option(help="Folder that keeps processed videos over a restart.", file_okay=False),
+        typer.Option(help="Folder that keeps processed videos over a restart."),
     ] = None,
     video_folder_gib: Annotated[float, typer.Option(help="Greatest size of that folder, in GiB.", min=0.0)] = 100.0,
 ) -> ServingOptions:
     """What the options of the command line mean."""
+    if media_root is not None and not media_root.is_dir():
+        raise SystemExit(f"--media-root must be a folder, got {str(media_root)!r}.")
     hosts = frozenset(host.strip().lower().strip("[]") for host in (allowed_hosts or "").split(",") if host.strip())
     for host in hosts:
         if "/" in host or host.count(":") == 1:
-            raise typer.BadParameter(f"--allowed-hosts takes hosts without scheme and port, got {host!r}")
+            raise SystemExit(f"--allowed-hosts takes hosts without scheme and port, got {host!r}.")
     limits = SourceLimits(
         max_bytes=max_media_mib * MIB,
         max_seconds=media_timeout,
@@ -81,13 +82,16 @@ def serve(force_model: str | None = None, **arguments: Any) -> Serve:
         GET  /health              - whether the server runs
     """
     if force_model is None:
-        raise typer.BadParameter("name the model: python -m transformers_vamba serve PATH_OR_NAME")
+        raise SystemExit("Name the model: python -m transformers_vamba serve PATH_OR_NAME")
     names = inspect.signature(make_options).parameters
     options = make_options(**{name: arguments.pop(name) for name in [*arguments] if name in names})
     # `Serve` takes both from these modules.
     chat_completion.ChatCompletionHandler = functools.partial(VambaChatCompletionHandler, options)
     server.build_server = build_vamba_server
-    return Serve(force_model, **arguments)
+    try:
+        return Serve(force_model, **arguments)
+    except RequestError as error:  # of the options that requests have as well
+        raise SystemExit(str(error)) from error
 
 
 def _parameters() -> list[inspect.Parameter]:
