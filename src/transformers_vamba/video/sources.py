@@ -96,6 +96,8 @@ def check_exists(video):
         raise ValueError(f"{describe_source(video)} is open as text; a video needs a file opened with mode 'rb'.")
     if isinstance(video, str) and not is_remote(video) and not is_data_url(video):
         local_path(video)
+        if file_kind(video) is stat.S_ISDIR:  # one with images has been made a list of them
+            raise FileNotFoundError(f"{absence_error(video)} It is a folder, and has no images.")
         if file_kind(video) not in (stat.S_ISREG, stat.S_ISFIFO):
             raise absence_error(video)
 
@@ -218,15 +220,16 @@ def spool(file, limits: SourceLimits) -> Iterator[BinaryIO]:
 
 def decode_data_url(source: str, limits: SourceLimits) -> bytes:
     header, _, data = source[len("data:") :].partition(",")
-    if len(data) > 2 * limits.max_bytes:
+    if len(data) > 3 * limits.max_bytes:  # before it is decoded; a byte takes three characters at most
         raise ValueError(f"it is larger than {limits.max_bytes:,} bytes, the limit (`max_bytes`)")
     content = unquote_to_bytes(data)
-    if not header.lower().endswith(";base64"):
-        return content
-    try:
-        return base64.b64decode(content, validate=False)
-    except binascii.Error as error:
-        raise ValueError(f"its base64 is damaged: {error}") from error
+    if header.lower().endswith(";base64"):
+        try:
+            content = base64.b64decode(content, validate=False)
+        except binascii.Error as error:
+            raise ValueError(f"its base64 is damaged: {error}") from error
+    Copied(limits).check_size(len(content))
+    return content
 
 
 @contextmanager
