@@ -61,7 +61,7 @@ def write_video(path: Path, codec: str, minutes: int):
         for number in range(minutes):
             with av.open(str(minute)) as source:
                 stream = source.streams.video[0]
-                output = output or container.add_stream_from_template(stream)
+                output = output or container.add_stream_from_template(stream, opaque=True)  # AV1 too
                 for packet in source.demux(stream):
                     if packet.size:
                         shift = round(60 * number / packet.time_base)
