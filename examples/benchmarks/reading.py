@@ -61,7 +61,7 @@ def write_video(path: Path, codec: str, minutes: int):
         for number in range(minutes):
             with av.open(str(minute)) as source:
                 stream = source.streams.video[0]
-                output = output or container.add_stream_from_template(stream)
+                output = output or container.add_stream_from_template(stream, opaque=True)  # AV1 too
                 for packet in source.demux(stream):
                     if packet.size:
                         shift = round(60 * number / packet.time_base)
@@ -193,6 +193,7 @@ def main():
     parser.add_argument("--codecs", nargs="+", choices=OPTIONS, default=list(OPTIONS))
     parser.add_argument("--readers", nargs="+", default=[""], help="words of the readers' names; default: all readers")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--note", default="", help="put after the description, such as what else the machine did")
     parser.add_argument("--output", type=Path, required=True, help="name of the table and the figures, without ending")
     if sys.argv[1:2] == ["--one"]:
         run_one(*sys.argv[2:])
@@ -202,7 +203,7 @@ def main():
     readers = [name for name in READERS if any(word in name for word in args.readers)]
     if not readers:
         parser.error(f"no reader is named so; there are {', '.join(READERS)}")
-    description, rows = describe(args.minutes, args.repeats, readers), []
+    description, rows = f"{describe(args.minutes, args.repeats, readers)} {args.note}".rstrip(), []
     with tempfile.TemporaryDirectory() as folder:
         for codec in args.codecs:
             path = Path(folder) / f"{codec}.mp4"

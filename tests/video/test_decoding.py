@@ -3,6 +3,7 @@
 
 import threading
 
+import av
 import numpy as np
 import pytest
 from video_files import decode_all, pictures, write_file
@@ -89,6 +90,15 @@ def test_frames_are_those_of_a_plain_decoder(files, plain, name):
         assert all(map(np.array_equal, decode(files(name), indices), [frames[i] for i in indices]))
         assert len(decode(files(name), indices)) == len(indices)
     assert set(plain) <= {1, 3}  # where there is one stretch alone
+
+
+def test_keyframes_of_an_animated_png_are_none(tmp_path, plain):
+    path = write_file(tmp_path / "animated.apng", pictures(12), "apng", pix_fmt="rgb24")
+    with av.open(path) as container:
+        assert sum(packet.is_keyframe for packet in container.demux(video=0)) > 1
+    frames, _ = decode_all(path)
+    assert all(map(np.array_equal, decode(path, range(12)), frames))
+    assert plain == [12]
 
 
 @pytest.mark.parametrize("shift", [0.2, 0.5])

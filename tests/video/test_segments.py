@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_vamba import ROOT, make_text, tiny_model
+from video_files import pictures, write_file
 
 from transformers_vamba.video import decoding, index
 from transformers_vamba.video import segments as video_segments
@@ -410,6 +411,23 @@ def test_truncated_file_gives_what_is_there_and_then_an_error(processor, write_v
     assert len(list(islice(segments, 2))) == 2
     with pytest.raises(ValueError, match="only 79 of its 80 frames are there"):
         next(segments)
+
+
+def test_live_frames_without_times_are_sampled_to_the_end(processor, tmp_path):
+    path = write_file(tmp_path / "raw.h264", pictures(60), rate=25, options={"bf": "0"})
+    expected = processor(videos=[path], return_tensors="pt", fps=5.0)
+    assert expected["video_grid_thw"][0, 0] == 6
+    assert_equal(processor.iter_video_segments(Live(Path(path).read_bytes()), live=True, fps=5.0), expected)
+
+
+def test_live_mp4_with_its_table_at_the_end(processor, tmp_path):
+    noise = list(np.random.default_rng(0).integers(256, size=(60, 120, 160, 3), dtype=np.uint8))
+    path = write_file(tmp_path / "table last.mp4", noise)
+    content = Path(path).read_bytes()
+    assert content.index(b"moov") > len(content) // 2
+    with pytest.raises(ValueError, match="its table of frames comes after them.* read it without `live`"):
+        list(processor.iter_video_segments(Live(content), live=True, fps=5.0))
+    assert len(list(processor.iter_video_segments(Live(content), fps=5.0))) == 1
 
 
 def test_failure_of_a_live_source_comes_behind_its_frames(processor, write_video):

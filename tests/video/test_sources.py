@@ -224,6 +224,24 @@ def test_size_of_a_file(processor, write_video):
             read()
 
 
+def test_size_of_a_data_url_is_that_of_its_content(processor, write_video):
+    content = Path(write_video()).read_bytes()
+    processor.video_processor.source_limits = SourceLimits(max_bytes=len(content) - 1)
+    with pytest.raises(ValueError, match=r"larger than .* bytes, the limit \(`max_bytes`\)"):
+        processor(videos=[data_url(content)])
+    processor.video_processor.source_limits = SourceLimits(max_bytes=len(content))
+    quoted = "data:video/mp4," + "".join(f"%{byte:02x}" for byte in content)
+    outputs = [processor(videos=[url], num_frames=4) for url in (data_url(content), quoted)]
+    assert torch.equal(outputs[0]["pixel_values_videos"], outputs[1]["pixel_values_videos"])
+
+
+def test_a_folder_without_images(processor, tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    for read in (lambda path: processor(videos=[path]), processor.iter_video_segments):
+        with pytest.raises(FileNotFoundError, match="It is a folder, and has no images"):
+            read(str(tmp_path))
+
+
 @pytest.mark.parametrize("scheme", ("http", "https"))
 def test_a_private_address_is_not_even_connected_to(processor, scheme):
     """Nor is the address told, which would show the network behind this machine."""

@@ -13,6 +13,8 @@ from .sources import FileView
 
 # More frames than any file has, 155 hours at 60 a second: a file that states more, and lacks them, is damaged.
 MOST_FRAMES = 2**25
+# Each frame is drawn onto the one before, also where the packet is marked as a keyframe.
+CODECS_OF_ONE_CANVAS = {"apng"}
 PROBED_FRAMES = 24  # decoded at the beginning, to compare them with what the packets say
 PROBED_PACKETS = 4 * PROBED_FRAMES
 NO_TIME = np.iinfo(np.int64).min
@@ -108,7 +110,10 @@ def read_packets(container, stream) -> Packets:
         if packet.size
     ]
     pts, *flags = zip(*rows) if rows else ((), (), (), ())
-    return Packets(np.array(pts, dtype=np.int64), *(np.array(flag, dtype=bool) for flag in flags))
+    packets = Packets(np.array(pts, dtype=np.int64), *(np.array(flag, dtype=bool) for flag in flags))
+    if codec in CODECS_OF_ONE_CANVAS:
+        packets.is_key[1:] = False
+    return packets
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BatchFeature
 
-from .container import Picture, decode_packet, demux, open_video, video_stream
+from .container import Picture, decode_packet, demux, has_table, open_video, video_stream
 from .index import seconds_of_frames
 from .reading import check_video, normalize_video, open_frames, open_named_source
 from .sources import errors_of
@@ -117,7 +117,7 @@ def read_live(
     with open_named_source(video, limits, live=True) as file, errors_of(video), open_video(file) as container:
         stream = video_stream(container)
         picture, transform = Picture(stream), video_processor.frame_transform(None, kwargs)
-        decoded = (frame for packet in demux(container) if not stop() for frame in decode_packet(packet))
+        decoded = (frame for packet in live_packets(container) if not stop() for frame in decode_packet(packet))
         first = next(decoded, None)
         begin = (first and first.time) or 0.0
         decoded = decoded if first is None else itertools.chain([first], decoded)
@@ -129,6 +129,21 @@ def read_live(
             yield list(resized), np.array(seconds, dtype=np.float64) - begin, None
         if not num_frames and not stop():
             raise ValueError("it ended before a frame could be sampled")
+
+
+def live_packets(container) -> Iterator:
+    """[`demux`] of what cannot be sought: the packets of an MP4 can only be told apart if its table comes first."""
+    import av
+
+    try:
+        yield from demux(container)
+    except av.InvalidDataError as error:
+        if not has_table(container):
+            raise
+        raise ValueError(
+            "it is damaged, or its table of frames comes after them, so it cannot be read as it comes: read it "
+            "without `live`, or have it written with `-movflags faststart`"
+        ) from error
 
 
 def cut(frames: Iterator, length: int) -> Iterator[list]:
@@ -157,9 +172,12 @@ def sample_live(frames: Iterable, rate: Fraction | None, fps: float) -> Iterator
     held, held_time, start = None, 0.0, 0.0
     num_intervals, step = 0, 1 / float(rate) if rate else 0.0
     for index, frame in enumerate(frames):
-        if frame.time is None and rate is None:
+        if frame.time is not None:
+            time = frame.time
+        elif rate:
+            time = float(index / rate)
+        else:
             raise ValueError("its frames have neither times nor a rate, so they cannot be sampled by `fps`")
-        time = index * step if frame.time is None else frame.time
         start = start if index else time
         if held is not None:
             step = time - held_time

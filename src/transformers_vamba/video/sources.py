@@ -110,7 +110,10 @@ def permitted_path(source: str, limits: SourceLimits) -> str:
         path = "" if "\0" in path else os.path.realpath(os.path.join(root, path))
         if not Path(path).is_relative_to(root):
             raise absence_error(source)
-    if file_kind(path) not in kinds:
+    kind = file_kind(path)
+    if kind is stat.S_ISDIR and limits.media_root is None:  # one with images has been made a list of them
+        raise FileNotFoundError(f"{absence_error(source)} It is a folder, and has no images.")
+    if kind not in kinds:
         raise absence_error(source)
     return path
 
@@ -249,7 +252,7 @@ def spool(file, limits: SourceLimits) -> Iterator[BinaryIO]:
 
 def decode_data_url(source: str, limits: SourceLimits) -> bytes:
     header, _, data = source[len("data:") :].partition(",")
-    if len(data) > 2 * limits.max_bytes:
+    if len(data) > 3 * limits.max_bytes:  # before it is decoded; a byte takes three characters at most
         raise ValueError(f"it is larger than {limits.max_bytes:,} bytes, the limit (`max_bytes`)")
     content = unquote_to_bytes(data)
     if header.lower().endswith(";base64"):
