@@ -15,9 +15,11 @@ test: .venv/.installed $(OLDEST)
 	$(PYTEST)
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTEST) $(ANY_TRANSFORMERS:%=--ignore %)
 
-# On a machine with a GPU, with whatever is installed. What takes much of its memory runs one after another.
+# On a machine with a GPU, with whatever is installed: no file is opened that has no test for it, and needs more. What
+# takes much of its memory runs one after another.
 test-gpu:
-	TRITON_CACHE_AUTOTUNING=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m gpu -n 10 --dist loadgroup
+	TRITON_CACHE_AUTOTUNING=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m gpu -n 10 --dist loadgroup \
+		$$(grep -rl --include 'test_*.py' 'mark\.gpu' tests)
 
 docs: .venv-docs/.installed
 	.venv-docs/bin/mkdocs build --strict
