@@ -56,7 +56,7 @@ class Decoder:
         processor = self.processor.video_processor
         try:
             video = normalize_video(source)
-            check_video(video)
+            check_video(video, processor.source_limits)
             frames, metadata = processor.read_sampled(video, None, processor.complete_kwargs(self.sampling))
         except (OSError, ValueError) as error:
             raise VideoError(f"{type(error).__name__}: {error}") from error

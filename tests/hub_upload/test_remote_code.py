@@ -125,7 +125,8 @@ def test_logits_without_the_package(clean_python, folders, expected):
     assert_same(outputs_of(folders), expected)
     # What a user saves there, after training say, brings the code along.
     names = ("VambaForConditionalGeneration", "VambaProcessor", "VambaVideoProcessor", "VambaModel", "VambaConfig")
-    assert printed.split() == [f"transformers_modules.{name}" for name in names]
+    printed_last = printed.split()[-len(names) :]  # DeepSpeed, where it is installed, prints a line before
+    assert printed_last == [f"transformers_modules.{name}" for name in names]
     # Where the package is installed, it loads without that code.
     assert type(AutoProcessor.from_pretrained(folders.again)).__module__.startswith("transformers_vamba.")
 
