@@ -8,8 +8,9 @@ PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
 .PHONY: demo docs lint space test test-gpu test-latest
 
-demo: .venv/.installed
-	.venv/bin/python examples/demo.py
+# The package alone: a first look should not wait for what the tests need.
+demo: .venv-demo/.installed
+	.venv-demo/bin/python examples/demo.py
 
 test: .venv/.installed $(OLDEST)
 	$(PYTEST)
@@ -60,6 +61,11 @@ lint: .venv/.installed
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
 	.venv/bin/python -m pip install -q --no-deps -r tests/lmms-eval.txt
+	touch $@
+
+.venv-demo/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/python -m pip install -q -c constraints.txt -e .
 	touch $@
 
 # The oldest Transformers, and the packages that it needs in older versions. The rest it shares with the newest.
