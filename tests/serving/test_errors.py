@@ -271,7 +271,9 @@ def test_too_many_media(server):
 def test_a_body_that_is_no_object(server, body):
     status, answer = post(server, body)
     assert status == 400
-    assert answer["error"]["message"].startswith("The body of the request must be an object of JSON: ")
+    assert answer["error"]["message"].startswith(
+        "The body of the request must be an object of JSON, sent with the header Content-Type"
+    )
 
 
 @pytest.mark.parametrize(

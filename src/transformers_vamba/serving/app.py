@@ -46,7 +46,10 @@ def build_vamba_server(model_manager, chat_handler, **kwargs: Any) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def tell_no_json(_request: Request, error: RequestValidationError) -> JSONResponse:
-        message = f"The body of the request must be an object of JSON: {error.errors()[0]['msg']}."
+        message = (
+            "The body of the request must be an object of JSON, sent with the header Content-Type: application/json: "
+            f"{error.errors()[0]['msg']}."
+        )
         return JSONResponse(error_body(message, "invalid_request_error"), 400)
 
     @app.exception_handler(HTTPException)
