@@ -381,7 +381,12 @@ def test_two_processes_give_the_same_answers(benchmarks, task_manager, tmp_path)
     command += ["--gen_kwargs", "do_sample=False"]
     command += ["--log_samples", "--output_path", str(tmp_path / "results")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    for _ in range(3):
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        # Now and then Gloo's threads abort a process that ends; torchrun then ends the other as well.
+        if "terminate called without an active exception" not in run.stderr:
+            break
+        shutil.rmtree(tmp_path / "results", ignore_errors=True)
     assert run.returncode == 0, run.stdout + run.stderr
     (path,) = (tmp_path / "results").rglob("*_results.json")
     results = json.loads(path.read_text())

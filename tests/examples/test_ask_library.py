@@ -321,9 +321,18 @@ def test_questions_that_are_wrong(library, tmp_path):
         read_questions(tmp_path / "q.csv", [])
 
 
+OTHER_RUN = """
+import json, pathlib, sys
+from library_files import AnswerFolder
+with AnswerFolder(pathlib.Path(sys.argv[1])).opened(json.loads(sys.argv[2])):
+    pass
+"""
+
+
 def test_the_folder_of_another_run(folder, tmp_path):
-    with pytest.raises(SystemExit, match="Another run is writing"), AnswerFolder(folder.path).opened(SETTINGS):
-        raise AssertionError
+    other = [sys.executable, "-c", OTHER_RUN, str(folder.path), json.dumps(SETTINGS)]
+    run = subprocess.run(other, capture_output=True, text=True)
+    assert run.returncode == 1 and "Another run is writing" in run.stderr, run.stderr
     with pytest.raises(SystemExit, match="max_new_tokens: 8 there, 16 now\n.*fps: None there, 1.0 now"):
         folder.check_is_ours(SETTINGS | {"max_new_tokens": 16, "fps": 1.0})
     (tmp_path / "notes.txt").touch()
