@@ -9,15 +9,19 @@ import kernel_checks
 import pytest
 import torch
 from kernel_checks import (
+    BRANCHES,
     CONVOLUTIONS,
     NORMS,
+    ROUNDINGS,
     SCANS,
     STEPS,
     TEXTS,
     TOWERS,
+    branch_errors,
     convolution_errors,
     decoding_errors,
     norm_errors,
+    rounding_errors,
     scan_errors,
     step_errors,
     text_errors,
@@ -31,6 +35,10 @@ from transformers_vamba.ops import scan as scan_module
 from transformers_vamba.ops import triton_support
 from transformers_vamba.ops.scan import IMPLEMENTATIONS, choose_implementation, scan
 from transformers_vamba.ops.step_kernels import can_fuse
+
+
+def has_float8() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -85,6 +93,17 @@ def test_other_kernels_on_a_gpu(dtype, tolerance):
         assert max(tower_errors(*case, device="cuda", dtype=dtype)) < tolerance
     for case in TEXTS:
         assert max(text_errors(*case, device="cuda", dtype=dtype)) < tolerance
+    for case in [*BRANCHES, (1, 100, 1280, 5120, True, True), (1, 100, 3584, 7168, False, False)]:
+        assert max(branch_errors(*case, device="cuda", dtype=dtype)) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_float8(), reason="the GPU has no float8")
+@pytest.mark.parametrize("case", [*ROUNDINGS, (50, 3584), (50, 5120)], ids=str)
+def test_rounding_on_a_gpu(case):
+    found = rounding_errors(*case, device="cuda")
+    print(" ".join(f"{error:.1e}" for error in found))
+    assert max(found) < 5e-3
 
 
 @pytest.mark.gpu
