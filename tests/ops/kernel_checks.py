@@ -20,6 +20,7 @@ from transformers_vamba.ops import (
     flash_decoding,
     float8,
     gated_norm,
+    gelu_linear,
     rotary,
     scan_kernels,
     step_kernels,
@@ -31,6 +32,7 @@ from transformers_vamba.ops.convolution import convolve
 from transformers_vamba.ops.flash_decoding import can_flash_decode, flash_decode
 from transformers_vamba.ops.float8 import round_gated_norm, round_rows
 from transformers_vamba.ops.gated_norm import gated_rms_norm
+from transformers_vamba.ops.gelu_linear import quick_gelu_linear
 from transformers_vamba.ops.quantized_attention import quantize
 from transformers_vamba.ops.rotary import rotate_patches, rotate_text
 from transformers_vamba.ops.scan import scan
@@ -67,6 +69,7 @@ DECODINGS = [
 STEPS = [(1, 1, 64, 96), (3, 1, 40, 200), (2, 8, 256, 70)]  # rows, tokens, hidden size, size of the MLP
 # Rows, tokens, channels, channels within the branch, whether there is a LayerNorm, and whether the product has a bias.
 BRANCHES = [(1, 7, 96, 40, True, True), (2, 3, 64, 130, False, False), (1, 5, 40, 16, True, False)]
+ACTIVATED = [(37, 40, 72), (300, 64, 136)]  # rows, inputs, outputs
 ROUNDINGS = [(7, 96), (3, 64), (30, 1280), (2, 7168)]  # tokens, channels
 NORMS = [(20, 96, 48), (3, 64, 64), (600, 40, 40)]  # tokens, channels, channels per group
 
@@ -198,6 +201,19 @@ def branch_errors(
 
 
 @torch.no_grad()
+def activated_errors(num_rows, num_inputs, num_outputs, device="cpu", dtype=torch.float16) -> list[float]:
+    """Of a linear layer with the activation after it."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(num_inputs, num_outputs, device=device, dtype=dtype)
+    states = 2 * torch.randn(num_rows, num_inputs, device=device, dtype=dtype)
+    found = quick_gelu_linear(states, linear)
+    expected = states.double() @ linear.weight.double().T + linear.bias.double()
+    expected = expected * torch.sigmoid(1.702 * expected)
+    assert found.dtype == dtype
+    return [((found.double() - expected).norm() / expected.norm()).item()]
+
+
+@torch.no_grad()
 def rounding_errors(num_tokens, num_channels, device="cpu", dtype=torch.bfloat16) -> list[float]:
     """Of states in float8 as they are, and after a LayerNorm, an RMSNorm, the activation and the gated norm."""
     torch.manual_seed(0)
@@ -296,6 +312,7 @@ def main():
     modules = (activation, branch, convolution_kernels, flash_decoding, float8, gated_norm, rotary, scan_kernels)
     for module in (*modules, step_kernels, triton_support):
         module.is_usable = lambda device: True
+    gelu_linear.BLOCK = (16, 32, 16)
     float8.FLOAT8 = torch.float32  # the interpreter rounds 7.9 to 4: the check rounds
     checks = [
         (scan_errors, SCANS, 1e-4),
@@ -304,6 +321,7 @@ def main():
         (tower_errors, TOWERS, 1e-4),
         (branch_errors, BRANCHES, 1e-6),
         (rounding_errors, ROUNDINGS, 2e-3),
+        (activated_errors, ACTIVATED, 1e-3),
         (text_errors, TEXTS, 1e-4),
         (decoding_errors, DECODINGS, 2e-3),  # in float16
         (step_errors, STEPS, 2e-3),

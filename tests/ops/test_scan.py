@@ -9,6 +9,7 @@ import kernel_checks
 import pytest
 import torch
 from kernel_checks import (
+    ACTIVATED,
     BRANCHES,
     CONVOLUTIONS,
     NORMS,
@@ -17,6 +18,7 @@ from kernel_checks import (
     STEPS,
     TEXTS,
     TOWERS,
+    activated_errors,
     branch_errors,
     convolution_errors,
     decoding_errors,
@@ -39,6 +41,10 @@ from transformers_vamba.ops.step_kernels import can_fuse
 
 def has_float8() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
+def has_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -95,6 +101,14 @@ def test_other_kernels_on_a_gpu(dtype, tolerance):
         assert max(text_errors(*case, device="cuda", dtype=dtype)) < tolerance
     for case in [*BRANCHES, (1, 100, 1280, 5120, True, True), (1, 100, 3584, 7168, False, False)]:
         assert max(branch_errors(*case, device="cuda", dtype=dtype)) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_hopper(), reason="the GPU is older than Hopper")
+@pytest.mark.parametrize("case", [*ACTIVATED, (5000, 1280, 5120)], ids=str)
+def test_activated_products_on_a_gpu(case):
+    for dtype, tolerance in ((torch.float16, 1e-3), (torch.bfloat16, 5e-3)):
+        assert max(activated_errors(*case, device="cuda", dtype=dtype)) < tolerance
 
 
 @pytest.mark.gpu

@@ -27,8 +27,9 @@ from ..inputs.media import Medium, split_into_segments
 from ..ops.activation import quick_gelu
 from ..ops.branch import can_fuse_branch, close_branch, open_branch
 from ..ops.float8 import Rows, apply_linear, round_rows, takes_rows
+from ..ops.gelu_linear import can_fuse_gelu, quick_gelu_linear
 from ..ops.rotary import rotate_patches
-from ..parallel.devices import execution_device
+from ..parallel.devices import copy_aside, execution_device
 from ..parallel.ranks import count_missing_runs, smallest_medium
 
 
@@ -47,11 +48,14 @@ class VambaPatchEmbed(PatchEmbed):
 class VambaVisionMlp(VisionMlp):
     def forward(self, hidden_states: torch.Tensor | Rows, total: torch.Tensor | None = None) -> torch.Tensor:
         """`total` is what the output is added to, see [`ops.branch`]."""
-        hidden_states = apply_linear(self.fc1, hidden_states)
         is_quick_gelu = isinstance(self.act, QuickGELUActivation)
-        if is_quick_gelu and takes_rows(self.fc2, hidden_states):
-            return apply_linear(self.fc2, round_rows(hidden_states, function="quick_gelu"))
-        hidden_states = quick_gelu(hidden_states) if is_quick_gelu else self.act(hidden_states)
+        if is_quick_gelu and not isinstance(hidden_states, Rows) and can_fuse_gelu(hidden_states, self.fc1):
+            hidden_states = quick_gelu_linear(hidden_states, self.fc1)
+        else:
+            hidden_states = apply_linear(self.fc1, hidden_states)
+            if is_quick_gelu and takes_rows(self.fc2, hidden_states):
+                return apply_linear(self.fc2, round_rows(hidden_states, function="quick_gelu"))
+            hidden_states = quick_gelu(hidden_states) if is_quick_gelu else self.act(hidden_states)
         return self.fc2(hidden_states) if total is None else close_branch(total, hidden_states, self.fc2)
 
 
@@ -141,8 +145,8 @@ class VambaVisionModel(Qwen2VisionTransformerPretrainedModel):
     def encode_media(self, media: list[Medium]) -> BaseModelOutputWithPooling:
         """The outputs for images and videos in order, on the device of the tower."""
         device = execution_device(self)
-        # To the device first: a copy from pinned memory does not wait, and the conversion is quicker there.
-        pixel_values = [medium.pixel_values.to(device, non_blocking=True) for medium in media]
+        # To the device first: the conversion is quicker there.
+        pixel_values = [copy_aside(medium.pixel_values, device) for medium in media]
         pixel_values = pixel_values[0] if len(media) == 1 else torch.cat(pixel_values)
         # The tower sees single frames: consecutive media of one size might as well be one.
         grids = [
