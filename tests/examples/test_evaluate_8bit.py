@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from tiny_vamba import ROOT, TINY_CHECKPOINT
+from tiny_vamba import FIXTURES, ROOT, TINY_CHECKPOINT
 
 from transformers_vamba import VambaForConditionalGeneration
 
@@ -38,6 +38,11 @@ def test_saved_and_loaded(kind, tmp_path):
     caches = [each.encode_video(**video) for each in (model, loaded)]
     for ours, theirs in zip(*(cache.videos[0] for cache in caches)):
         assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+
+
+def test_published_layout():
+    model = evaluate_8bit.load(FIXTURES / "published", "cpu", "int8, both")
+    assert sum(evaluate_8bit.is_quantized(module) for module in model.modules()) == 4 * 2 + 2 * 3
 
 
 def test_the_documentation_names_the_same_layers():

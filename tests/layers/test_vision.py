@@ -27,7 +27,7 @@ def test_agrees_with_qwen2_vl(frame_length):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)])
 def test_fused_on_a_gpu(dtype, tolerance, monkeypatch):
     """Sums within the products, and sums by themselves, as far as a gradient is taken."""
     torch.manual_seed(0)

@@ -74,6 +74,11 @@ ROUNDINGS = [(7, 96), (3, 64), (30, 1280), (2, 7168)]  # tokens, channels
 NORMS = [(20, 96, 48), (3, 64, 64), (600, 40, 40)]  # tokens, channels, channels per group
 
 
+def has_capability(*capability: int) -> bool:
+    """Whether there is a GPU of this generation or a later one: Ada (8, 9) has float8, Hopper (9, 0) tensor maps."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= capability
+
+
 def worst(found: list[float]) -> float:
     """Of `scan_errors`. The gradients of A, D and dt_bias are sums over tokens that mostly cancel: a tenth counts."""
     return max(error / 10 if index in (4, 7, 8) else error for index, error in enumerate(found))

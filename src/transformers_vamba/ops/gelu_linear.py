@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first layer of the tower's MLP as a Triton kernel that applies the activation before it writes anything."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -12,6 +14,7 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # no Triton, or an old one
     TensorDescriptor = None
+describe: Any = getattr(TensorDescriptor, "from_tensor", None)
 
 MIN_ROWS = 4096  # fewer do not fill a GPU
 # Rows, outputs and inputs per step of a program; warps, steps that are loaded ahead, and programs per processor.
@@ -22,7 +25,7 @@ GROUP = 8  # blocks of rows that are taken together, so that they share the weig
 
 def can_fuse_gelu(states: torch.Tensor, linear: nn.Module) -> bool:
     """Whether the kernel takes these states, `(num_rows, num_inputs)`, and this layer; it has no gradient."""
-    if TensorDescriptor is None or torch.is_grad_enabled() or torch.is_autocast_enabled(states.device.type):
+    if describe is None or torch.is_grad_enabled() or torch.is_autocast_enabled(states.device.type):
         return False
     return (
         is_usable(states.device)
@@ -46,10 +49,10 @@ def quick_gelu_linear(states: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
     num_programs = num_processors(states.device) * num_per_processor
     with device_of(states):
         _linear_quick_gelu[(num_programs,)](
-            TensorDescriptor.from_tensor(states, [block_rows, block_inputs]),
-            TensorDescriptor.from_tensor(weight, [block_outputs, block_inputs]),
+            describe(states, [block_rows, block_inputs]),
+            describe(weight, [block_outputs, block_inputs]),
             linear.bias,
-            TensorDescriptor.from_tensor(outputs, [block_rows, block_outputs]),
+            describe(outputs, [block_rows, block_outputs]),
             num_rows,
             num_outputs,
             num_inputs,
