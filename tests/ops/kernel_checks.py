@@ -194,7 +194,7 @@ def branch_errors(
     states = 2 + torch.randn(num_rows, num_tokens, num_channels, **options)
     inner = torch.randn(num_rows, num_tokens, num_inner, **options)
     before = states.clone()
-    assert can_fuse_branch(states, norm, linear)
+    assert can_fuse_branch(states, torch.nn.Sequential(linear), norm, linear)
     normed, total = open_branch(states, norm, linear)
     outputs = close_branch(total, inner, linear)
     assert torch.equal(states, before) and outputs.dtype == dtype

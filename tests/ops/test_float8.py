@@ -74,35 +74,59 @@ def test_which_layers_take_rows():
     assert takes_rows(linear, states, norm)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not has_capability(8, 9), reason="the GPU has no float8")
+def round_in_torch(states, norm=None, function="none"):
+    """In place of the kernel."""
+    if norm is not None:
+        states = norm(states)
+    if function == "quick_gelu":
+        states = states * torch.sigmoid(1.702 * states)
+    scales = states.float().abs().amax(-1, keepdim=True) / 448
+    return Rows((states / scales).to(torch.float8_e4m3fn), scales)
+
+
+def round_gated_in_torch(states, gate, norm):
+    return round_in_torch(norm(states, gate))
+
+
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.mark.parametrize("device", ("cpu", GPU))
 @pytest.mark.parametrize("part", ("tower", "mixer"))
 @torch.no_grad()
-def test_rounded_in_kernels_on_a_gpu(part, monkeypatch):
+def test_rounded_in_kernels(part, device, monkeypatch):
     """No further from bfloat16 than torchao's own rounding, and every layer of the part takes part."""
+    if device == "cuda" and not has_capability(8, 9):
+        pytest.skip("the GPU has no float8")
+    if device == "cpu":
+        for name in ("vision", "mixer"):
+            monkeypatch.setattr(f"transformers_vamba.layers.{name}.round_rows", round_in_torch)
+        monkeypatch.setattr("transformers_vamba.layers.mixer.round_gated_norm", round_gated_in_torch)
+    torch.manual_seed(0)
     if part == "tower":
-        module = VambaVisionModel._from_config(Qwen2VLVisionConfig(**VISION_CONFIG)).to("cuda", torch.bfloat16).eval()
+        module = VambaVisionModel._from_config(Qwen2VLVisionConfig(**VISION_CONFIG)).to(device, torch.bfloat16).eval()
         media = make_media("video", (3, 4, 6))
-        pixels = media["pixel_values_videos"].to("cuda", torch.bfloat16)
-        inputs = {"hidden_states": pixels, "grid_thw": media["video_grid_thw"].cuda(), "frame_length": 24}
+        pixels = media["pixel_values_videos"].to(device, torch.bfloat16)
+        inputs = {"hidden_states": pixels, "grid_thw": media["video_grid_thw"].to(device), "frame_length": 24}
         linears = [layer for block in module.blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
     else:
-        module = make_block("cuda", torch.bfloat16, mamba_n_groups=1, mamba_d_head=8)
-        inputs = {"video_states": torch.randn(1, 50, 64, device="cuda").bfloat16(), "lengths": [50]}
+        module = make_block(device, torch.bfloat16, mamba_n_groups=1, mamba_d_head=8)
+        inputs = {"video_states": torch.randn(1, 50, 64).to(device, torch.bfloat16), "lengths": [50]}
         linears = [module.mixer.in_proj, module.mixer.out_proj]
 
     def run() -> torch.Tensor:
         outputs = module(**inputs)
-        return (outputs[0] if part == "mixer" else outputs.pooler_output).float()
+        return (outputs[0] if part == "mixer" else outputs.last_hidden_state).float()
 
     full = run()
     for linear in linears:
         quantization.quantize_(linear, float8())
     taken = []
-    product = torch._scaled_mm
-    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: taken.append(args) or product(*args, **kwargs))
+    for name in ("vision", "mixer"):
+        path = f"transformers_vamba.layers.{name}.apply_linear"
+        monkeypatch.setattr(path, lambda *args: taken.append(isinstance(args[1], Rows)) or apply_linear(*args))
     ours = run()
-    assert len(taken) == len(linears) == (8 if part == "tower" else 2)
+    assert taken == [True] * len(linears) and len(linears) == (8 if part == "tower" else 2)
     for name in ("vision", "mixer"):
         monkeypatch.setattr(f"transformers_vamba.layers.{name}.takes_rows", lambda *args: False)
     theirs = run()

@@ -12,7 +12,7 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from ..configuration_vamba import VambaTextConfig
-from ..ops.branch import can_fuse_branch, close_branch, open_branch
+from ..ops.branch import can_fuse_branch, close_branch, has_hooks, open_branch
 from ..ops.convolution import convolve
 from ..ops.float8 import Rows, apply_linear, round_gated_norm, round_rows, takes_rows
 from ..ops.gated_norm import can_normalize, gated_rms_norm
@@ -227,11 +227,11 @@ class VambaVisionMixer(nn.Module):
     def _mix(self, lengths: list[int], residual: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The tokens of a stretch and the two tensors of the state after it."""
         first_state = MambaState(*state) if state else None
-        if can_fuse_branch(residual, self.norm, self.mixer.out_proj):
+        if can_fuse_branch(residual, self.mixer, self.norm, self.mixer.out_proj):
             normed, total = open_branch(residual, self.norm, self.mixer.out_proj)
             hidden_states, last_state = self.mixer(normed, lengths, first_state, total)
             return hidden_states, *last_state
-        is_rounded = takes_rows(self.mixer.in_proj, residual, self.norm)
+        is_rounded = not has_hooks(self.mixer) and takes_rows(self.mixer.in_proj, residual, self.norm)
         normed = round_rows(residual, self.norm) if is_rounded else self.norm(residual)
         hidden_states, last_state = self.mixer(normed, lengths, first_state)
         return residual + hidden_states, *last_state

@@ -4,7 +4,6 @@
 import itertools
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 
 from ..inputs.media import Medium, split_into_segments
 from ..ops.activation import quick_gelu
-from ..ops.branch import can_fuse_branch, close_branch, open_branch
+from ..ops.branch import can_fuse_branch, close_branch, has_hooks, open_branch
 from ..ops.float8 import Rows, apply_linear, round_rows, takes_rows
 from ..ops.gelu_linear import can_fuse_gelu, quick_gelu_linear
 from ..ops.rotary import rotate_patches
@@ -116,19 +115,20 @@ class VambaVisionBlock(Qwen2VLVisionBlock):
         """Arguments as in [`VambaVisionAttention`]."""
         if frame_length is None:
             return super().forward(hidden_states, **kwargs)
-        attend = partial(self.attn, frame_length=frame_length, **kwargs)
-        hidden_states = self._run(attend, hidden_states, self.norm1, self.attn.qkv, self.attn.proj)
+        kwargs["frame_length"] = frame_length
+        hidden_states = self._run(self.attn, hidden_states, self.norm1, self.attn.qkv, self.attn.proj, **kwargs)
         return self._run(self.mlp, hidden_states, self.norm2, self.mlp.fc1, self.mlp.fc2)
 
     def _run(
-        self, branch: Callable, hidden_states: torch.Tensor, norm: Any, first: nn.Module, last: Any
+        self, branch: Any, hidden_states: torch.Tensor, norm: Any, first: nn.Module, last: Any, **kwargs
     ) -> torch.Tensor:
         """`hidden_states + branch(norm(hidden_states))`, of a branch between two linear layers."""
-        if can_fuse_branch(hidden_states, norm, last):
+        if can_fuse_branch(hidden_states, branch, norm, last):
             normed, total = open_branch(hidden_states, norm, last)
-            return branch(normed, total=total)
-        is_rounded = type(norm) is nn.LayerNorm and takes_rows(first, hidden_states, norm)
-        return hidden_states + branch(round_rows(hidden_states, norm) if is_rounded else norm(hidden_states))
+            return branch(normed, total=total, **kwargs)
+        if type(norm) is nn.LayerNorm and not has_hooks(branch) and takes_rows(first, hidden_states, norm):
+            return hidden_states + branch(round_rows(hidden_states, norm), **kwargs)
+        return hidden_states + branch(norm(hidden_states), **kwargs)
 
 
 class VambaVisionModel(Qwen2VisionTransformerPretrainedModel):

@@ -15,10 +15,10 @@ from .triton_support import device_of, is_usable, tl, triton
 MAX_CHANNELS = 2**14  # which a program holds
 
 
-def can_fuse_branch(states: torch.Tensor, norm: nn.Module, linear: nn.Module) -> bool:
+def can_fuse_branch(states: torch.Tensor, branch: nn.Module, norm: nn.Module, linear: nn.Module) -> bool:
     """
-    Whether the branch of these states that begins with `norm` and ends with `linear` takes no gradient, and these
-    modules only apply their parameters: no adapter, no quantised weight, no hook.
+    Whether no gradient is taken, nobody looks at what the module `branch` returns, and `norm` before it and `linear`
+    at its end only apply their parameters: no adapter, no quantised weight, no hook.
     """
     if torch.is_grad_enabled() or torch.is_autocast_enabled(states.device.type) or not is_usable(states.device):
         return False
@@ -29,6 +29,7 @@ def can_fuse_branch(states: torch.Tensor, norm: nn.Module, linear: nn.Module) ->
         and type(norm) in (nn.LayerNorm, nn.RMSNorm)
         and type(linear) is nn.Linear
         and all(is_plain(module, states) for module in (norm, linear))
+        and not has_hooks(branch)
     )
 
 
