@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .branch import is_plain
-from .triton_support import device_of, is_usable, num_processors, tl, triton
+from .triton_support import device_of, is_usable, num_processors, shared_memory, tl, triton
 
 
 try:
@@ -20,6 +20,9 @@ MIN_ROWS = 4096  # fewer do not fill a GPU
 # Rows, outputs and inputs per step of a program; warps, steps that are loaded ahead, and programs per processor.
 BLOCK = (128, 256, 64)
 LAUNCH = (8, 3, 1)
+# Bytes that a program takes for those steps and its outputs, in 16 bits, and a little more. GPUs for data centres have
+# them since Hopper; those that have not lack the loads of whole blocks as well, or are quicker with smaller ones.
+SHARED_MEMORY = 2 * (LAUNCH[1] * (BLOCK[0] + BLOCK[1]) * BLOCK[2] + BLOCK[0] * BLOCK[1]) + 2**10
 GROUP = 8  # blocks of rows that are taken together, so that they share the weight in the cache
 
 
@@ -35,7 +38,7 @@ def can_fuse_gelu(states: torch.Tensor, linear: nn.Module) -> bool:
         and linear.bias is not None
         and linear.in_features % 8 == linear.out_features % 8 == 0
         and is_plain(linear, states)
-        and torch.cuda.get_device_capability(states.device) >= (9, 0)
+        and shared_memory(states.device) >= SHARED_MEMORY
     )
 
 
