@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
 
-from .triton_support import are_launches_recorded, device_of, is_usable, tl, triton
+from .triton_support import are_launches_recorded, device_of, is_usable, launch, tl, triton
 
 
 FEW_TOKENS = 64  # so few are rotated by PyTorch unless a step is recorded: its launches take the host less time
@@ -84,7 +84,9 @@ class _Rotate(torch.autograd.Function):
 def _launch(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotated: int, direction: float) -> None:
     num_tokens, num_kinds, num_heads, head_dim = states.shape
     with device_of(states):
-        _rotate[(num_tokens, num_rotated)](
+        launch(
+            _rotate,
+            (num_tokens, num_rotated),
             states,
             cos,
             sin,

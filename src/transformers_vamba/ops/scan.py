@@ -13,7 +13,7 @@ from transformers.utils import is_mamba_2_ssm_available
 
 from .scan_kernels import can_scan, scan_in_triton
 from .state import ScanInputs
-from .triton_support import device_of
+from .triton_support import device_of, real_device
 
 
 CHUNK_SIZE = 64  # tokens per chunk of the PyTorch scan, whose work inside a chunk grows with it
@@ -52,7 +52,7 @@ def scan(
         token, in float32 (in float64, if `x` is).
     """
     name = choose_implementation(x.device, x.dtype, x.shape[-1], B.shape[-1], implementation)
-    with torch.autocast(x.device.type, enabled=False), device_of(x):
+    with torch.autocast(real_device(x.device).type, enabled=False), device_of(x):
         return IMPLEMENTATIONS[name][1](ScanInputs(x, dt, A, B, C, D, dt_bias, lengths, state))
 
 

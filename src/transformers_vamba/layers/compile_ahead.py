@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Compiles the Triton kernels of a model before they are needed, beside what the user waits for anyway.
+
+Which kernels these are follows from the configuration and the dtype, not from the length of a video. So the parts of
+the model that launch kernels run once on the meta device, in a thread of their own, where a launch compiles. What is
+compiled is kept on the disk by Triton, as always. If something fails here, kernels are compiled when they are used.
+"""
+
+import threading
+from typing import NamedTuple
+
+import torch
+from transformers.utils import logging
+
+from ..configuration_vamba import VambaConfig, VambaTextConfig
+from ..ops.activation import quick_gelu
+from ..ops.flash_decoding import can_flash_decode, flash_decode
+from ..ops.quantized_attention import quantize
+from ..ops.rotary import rotate_patches, rotate_text
+from ..ops.step_kernels import can_fuse, mix_and_norm
+from ..ops.triton_support import compiled_launches, is_usable, recorded_launches
+from .decoder import VambaMLP
+from .mixer import VambaMixer
+
+
+logger = logging.get_logger(__name__)
+
+NUM_TOKENS = 128  # a multiple of 16, as the sizes of large models are: Triton compiles anew for others
+
+
+class Purpose(NamedTuple):
+    """
+    What a model is about to do.
+
+    Args:
+        dtype (`torch.dtype`): The dtype that it computes in.
+        device (`torch.device`): Where.
+        is_training (`bool`): Whether it trains, or encodes videos and answers questions.
+        is_quantized (`bool`): Whether the videos are kept in 8 bits.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    is_training: bool = False
+    is_quantized: bool = False
+
+
+def start_compiling(config: VambaConfig, purpose: Purpose) -> threading.Thread:
+    """Starts to compile in the background. The thread that is returned ends as soon as every compiler has started."""
+    # What runs on the meta device is in a thread of its own, with PyTorch's defaults whatever the caller's modes are.
+    thread = threading.Thread(target=_compile, args=(config, purpose), name="compiles-ahead")
+    thread.start()
+    return thread
+
+
+def _compile(config: VambaConfig, purpose: Purpose) -> None:
+    try:
+        if is_usable(purpose.device):
+            with compiled_launches(purpose.device), torch.device("meta"):
+                run_parts(config, purpose)
+    except Exception as error:
+        logger.debug(f"Kernels are compiled at their first use, since not all could be compiled before: {error}")
+
+
+def run_parts(config: VambaConfig, purpose: Purpose) -> None:
+    """All parts that launch kernels for this purpose, in the order in which they will be needed."""
+    with torch.no_grad():
+        _encode_frames(config.vision_config, purpose.dtype)
+    mixer = VambaMixer(config.text_config).to(purpose.dtype)
+    states = torch.empty(1, NUM_TOKENS, config.text_config.hidden_size, dtype=purpose.dtype, requires_grad=True)
+    with torch.set_grad_enabled(purpose.is_training):
+        outputs, _ = mixer(states, [NUM_TOKENS])
+    if purpose.is_training:
+        outputs.sum().backward()
+    with torch.no_grad(), recorded_launches():
+        _read_text(config.text_config, purpose)
+
+
+def _encode_frames(config, dtype: torch.dtype) -> None:
+    """A block of the vision tower."""
+    if config.hidden_act == "quick_gelu":
+        quick_gelu(torch.empty(NUM_TOKENS, int(config.embed_dim * config.mlp_ratio), dtype=dtype))
+    head_dim = config.embed_dim // config.num_heads
+    angles = torch.empty(NUM_TOKENS, head_dim, dtype=torch.float32)
+    rotate_patches(torch.empty(NUM_TOKENS, 3, config.num_heads, head_dim, dtype=dtype), angles, angles)
+
+
+def _read_text(config: VambaTextConfig, purpose: Purpose) -> None:
+    """A layer of the decoder: the rotation, and in a recorded step everything else that is launched for one row."""
+    num_heads, num_keys = config.num_attention_heads, config.num_key_value_heads
+    head_dim = config.hidden_size // num_heads
+    dtype = purpose.dtype
+    angles = torch.empty(1, 1, head_dim, dtype=dtype)
+    query, key = (torch.empty(1, 1, heads, head_dim, dtype=dtype) for heads in (num_heads, num_keys))
+    rotate_text(query, key, angles, angles)
+    if purpose.is_training:
+        return
+    query = query.view(1, num_keys, num_heads // num_keys, head_dim)
+    if can_flash_decode(query):
+        video = torch.empty(1, num_keys, NUM_TOKENS, head_dim, dtype=dtype)
+        if purpose.is_quantized:
+            video = quantize(video, torch.empty(1, num_keys, 1, head_dim, dtype=torch.float32))
+        flash_decode(query, video, video, head_dim**-0.5)
+    hidden_states = torch.empty(1, 1, config.hidden_size, dtype=dtype)
+    norm = torch.nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+    if can_fuse(hidden_states, norm):
+        alpha = torch.empty(1, dtype=dtype)
+        mix_and_norm(hidden_states, hidden_states, hidden_states, alpha, norm)
+        VambaMLP(config).to(dtype)(hidden_states)
