@@ -63,7 +63,7 @@ from .inputs.text import make_masks, resolve_positions
 from .layers.compile_ahead import Purpose, start_compiling
 from .layers.decoder import VambaDecoderLayer
 from .layers.loss import count_items, loss_without_logits
-from .layers.mixer import VambaMixer
+from .layers.mixer import VambaHubScan, VambaMixer
 from .layers.video_context import VideoContext
 from .layers.vision import SEGMENT_FRAMES, VambaVisionModel
 from .parallel.devices import execution_device
@@ -107,6 +107,16 @@ class VambaPreTrainedModel(CheckpointingMixin, Qwen2VLPreTrainedModel):
         for module in self.modules():
             if isinstance(module, VambaModel):
                 module.sequence_parallel_group = group
+
+    def set_use_kernels(self, *args, **kwargs):
+        """
+        Like [`PreTrainedModel.set_use_kernels`]: the mixers scan with the Hub's kernel from now on, for tensors on the
+        type of device that the model is on now, unless `mamba_implementation` asks for another.
+        """
+        super().set_use_kernels(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, VambaHubScan):
+                module.device_type = self.device.type
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -88,7 +88,8 @@ def _encode_frames(config, dtype: torch.dtype) -> None:
 
 def _read_text(config: VambaTextConfig, purpose: Purpose) -> None:
     """A layer of the decoder: the rotation, and in a recorded step everything else that is launched for one row."""
-    num_heads, num_keys = config.num_attention_heads, config.num_key_value_heads
+    num_heads = config.num_attention_heads
+    num_keys = config.num_key_value_heads or num_heads
     head_dim = config.hidden_size // num_heads
     dtype = purpose.dtype
     angles = torch.empty(1, 1, head_dim, dtype=dtype)
