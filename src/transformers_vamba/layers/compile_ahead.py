@@ -19,7 +19,7 @@ from ..ops.flash_decoding import can_flash_decode, flash_decode
 from ..ops.quantized_attention import quantize
 from ..ops.rotary import rotate_patches, rotate_text
 from ..ops.step_kernels import can_fuse, mix_and_norm
-from ..ops.triton_support import compiled_launches, is_usable, recorded_launches
+from ..ops.triton_support import compiled_launches, recorded_launches
 from .decoder import VambaMLP
 from .mixer import VambaMixer
 
@@ -56,9 +56,8 @@ def start_compiling(config: VambaConfig, purpose: Purpose) -> threading.Thread:
 
 def _compile(config: VambaConfig, purpose: Purpose) -> None:
     try:
-        if is_usable(purpose.device):
-            with compiled_launches(purpose.device), torch.device("meta"):
-                run_parts(config, purpose)
+        with compiled_launches(purpose.device), torch.device("meta"):
+            run_parts(config, purpose)
     except Exception as error:
         logger.debug(f"Kernels are compiled at their first use, since not all could be compiled before: {error}")
 
