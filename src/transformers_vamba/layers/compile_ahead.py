@@ -47,7 +47,7 @@ class Purpose(NamedTuple):
 
 
 def start_compiling(config: VambaConfig, purpose: Purpose) -> threading.Thread:
-    """Starts to compile in the background. The thread that is returned ends as soon as every compiler has started."""
+    """Compiles in the background. The thread that is returned ends when it is known what, which takes milliseconds."""
     # What runs on the meta device is in a thread of its own, with PyTorch's defaults whatever the caller's modes are.
     thread = threading.Thread(target=_compile, args=(config, purpose), name="compiles-ahead")
     thread.start()
@@ -98,10 +98,12 @@ def _read_text(config: VambaTextConfig, purpose: Purpose) -> None:
         return
     query = query.view(1, num_keys, num_heads // num_keys, head_dim)
     if can_flash_decode(query):
-        video = torch.empty(1, num_keys, NUM_TOKENS, head_dim, dtype=dtype)
-        if purpose.is_quantized:
-            video = quantize(video, torch.empty(1, num_keys, 1, head_dim, dtype=torch.float32))
-        flash_decode(query, video, video, head_dim**-0.5)
+        # Two strides of the scales in 8 bits are the number of tokens, which may be a multiple of 16 or not.
+        for num_tokens in (NUM_TOKENS, NUM_TOKENS + 1) if purpose.is_quantized else (NUM_TOKENS,):
+            video = torch.empty(1, num_keys, num_tokens, head_dim, dtype=dtype)
+            if purpose.is_quantized:
+                video = quantize(video, torch.empty(1, num_keys, 1, head_dim, dtype=torch.float32))
+            flash_decode(query, video, video, head_dim**-0.5)
     hidden_states = torch.empty(1, 1, config.hidden_size, dtype=dtype)
     norm = torch.nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
     if can_fuse(hidden_states, norm):

@@ -99,16 +99,8 @@ def flash_decode(query: torch.Tensor, keys, values, scaling: float) -> torch.Ten
 
 
 if triton is not None:
-    # One compilation for videos and questions of any length, which the strides of the heads' scales are, too.
-    @triton.jit(
-        do_not_specialize=[
-            "num_queries",
-            "num_tokens",
-            "tokens_per_split",
-            "key_scale_head_stride",
-            "value_scale_head_stride",
-        ]
-    )
+    # One compilation for videos and questions of any length.
+    @triton.jit(do_not_specialize=["num_queries", "num_tokens", "tokens_per_split"])
     def _attend_split(
         query_ptr,
         keys_ptr,
