@@ -85,6 +85,15 @@ def test_covers_a_question(launches, monkeypatch, dtype, implementation):
     assert {name for name, *_ in launches} == {name for name, *_ in compiled}
 
 
+@needs_triton
+def test_goes_on_after_what_it_cannot_run(launches):
+    config = tiny_config(mamba_implementation="mamba_ssm")
+    with compiled_launches(torch.device("cpu")), torch.device("meta"):
+        run_parts(config, Purpose(torch.bfloat16, CUDA))
+    names = {name for name, *_ in launches}
+    assert "_convolve" in names and "_gate_and_up" in names and "carry" not in names
+
+
 class Kernel:
     """What `launch` needs of a Triton kernel."""
 

@@ -55,38 +55,42 @@ def start_compiling(config: VambaConfig, purpose: Purpose) -> threading.Thread:
 
 
 def _compile(config: VambaConfig, purpose: Purpose) -> None:
-    try:
-        with compiled_launches(purpose.device), torch.device("meta"):
-            run_parts(config, purpose)
-    except Exception as error:
-        logger.debug(f"Kernels are compiled at their first use, since not all could be compiled before: {error}")
+    with compiled_launches(purpose.device), torch.device("meta"):
+        run_parts(config, purpose)
 
 
 def run_parts(config: VambaConfig, purpose: Purpose) -> None:
     """All parts that launch kernels for this purpose, in the order in which they will be needed."""
-    with torch.no_grad():
-        _encode_frames(config.vision_config, purpose.dtype)
+    for run in (_encode_frames, _mix, _read_text):
+        try:
+            with torch.set_grad_enabled(purpose.is_training):
+                run(config, purpose)
+        except Exception as error:  # such as for the kernels of `mamba-ssm`, which do not run here
+            logger.debug(f"Some kernels will be compiled at their first use, instead of ahead: {error}")
+
+
+def _encode_frames(config: VambaConfig, purpose: Purpose) -> None:
+    """A block of the vision tower."""
+    vision, dtype = config.vision_config, purpose.dtype
+    if vision.hidden_act == "quick_gelu":
+        quick_gelu(torch.empty(NUM_TOKENS, int(vision.embed_dim * vision.mlp_ratio), dtype=dtype))
+    head_dim = vision.embed_dim // vision.num_heads
+    angles = torch.empty(NUM_TOKENS, head_dim, dtype=torch.float32)
+    rotate_patches(torch.empty(NUM_TOKENS, 3, vision.num_heads, head_dim, dtype=dtype), angles, angles)
+
+
+def _mix(config: VambaConfig, purpose: Purpose) -> None:
+    """The mixer of a layer."""
     mixer = VambaMixer(config.text_config).to(purpose.dtype)
-    states = torch.empty(1, NUM_TOKENS, config.text_config.hidden_size, dtype=purpose.dtype, requires_grad=True)
-    with torch.set_grad_enabled(purpose.is_training):
-        outputs, _ = mixer(states, [NUM_TOKENS])
+    outputs, _ = mixer(torch.empty(1, NUM_TOKENS, config.text_config.hidden_size, dtype=purpose.dtype), [NUM_TOKENS])
     if purpose.is_training:
         outputs.sum().backward()
-    with torch.no_grad(), recorded_launches():
-        _read_text(config.text_config, purpose)
 
 
-def _encode_frames(config, dtype: torch.dtype) -> None:
-    """A block of the vision tower."""
-    if config.hidden_act == "quick_gelu":
-        quick_gelu(torch.empty(NUM_TOKENS, int(config.embed_dim * config.mlp_ratio), dtype=dtype))
-    head_dim = config.embed_dim // config.num_heads
-    angles = torch.empty(NUM_TOKENS, head_dim, dtype=torch.float32)
-    rotate_patches(torch.empty(NUM_TOKENS, 3, config.num_heads, head_dim, dtype=dtype), angles, angles)
-
-
-def _read_text(config: VambaTextConfig, purpose: Purpose) -> None:
+@recorded_launches()
+def _read_text(whole_config: VambaConfig, purpose: Purpose) -> None:
     """A layer of the decoder: the rotation, and in a recorded step everything else that is launched for one row."""
+    config: VambaTextConfig = whole_config.text_config
     num_heads = config.num_attention_heads
     num_keys = config.num_key_value_heads or num_heads
     head_dim = config.hidden_size // num_heads
