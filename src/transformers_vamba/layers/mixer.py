@@ -4,10 +4,12 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import MethodType
 
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.integrations import use_kernel_forward_from_hub
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
@@ -27,6 +29,40 @@ class VambaRMSNormGated(Zamba2RMSNormGated):
         if not can_normalize(hidden_states, self.group_size):
             return super().forward(hidden_states, gate)
         return gated_rms_norm(hidden_states[0], gate[0], self.weight, self.group_size, self.variance_epsilon)[None]
+
+
+@use_kernel_forward_from_hub("mamba_chunk_scan_combined")
+class VambaHubScan(nn.Module):
+    """
+    Where `use_kernels=True` puts the Hub's scan, instead of a `forward` that does nothing.
+    [`VambaPreTrainedModel.set_use_kernels`] then notes the type of device that the kernel is for.
+    """
+
+    device_type: str | None = None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        chunk_size: int,
+        D: torch.Tensor | None = None,
+        dt_bias: torch.Tensor | None = None,
+        initial_states: torch.Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        return_final_states: bool = False,
+        **kwargs,
+    ):
+        """The arguments of Transformers' `mamba2_chunk_scan`, with which those of a kernel are compared."""
+        raise NotImplementedError("No kernel from the Hub has been put here: load the model with `use_kernels=True`.")
+
+    def on(self, device: torch.device) -> Callable | None:
+        """The Hub's scan, if there is one for this device."""
+        is_there = isinstance(self.forward, MethodType) and self.forward.__func__ is not type(self).forward
+        return self.forward if is_there and device.type == self.device_type else None
 
 
 class VambaMixer(nn.Module):
@@ -65,6 +101,7 @@ class VambaMixer(nn.Module):
             self.intermediate_size, group_size=self.intermediate_size // self.n_groups, eps=1e-5
         )
         self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.mamba_proj_bias)
+        self.hub_scan = VambaHubScan()
 
     @torch.no_grad()
     def reset_parameters(self, output_std: float) -> None:
@@ -83,8 +120,14 @@ class VambaMixer(nn.Module):
     def max_tokens(self, device: torch.device) -> int:
         """The most tokens to run at once on `device`."""
         sizes = (self.head_dim, self.state_size)
-        name = choose_implementation(device, self.A_log.dtype, *sizes, self.config.mamba_implementation)
+        name = self._implementation(device)
+        # The Hub's kernels are those of `mamba-ssm`.
+        name = "mamba_ssm" if callable(name) else choose_implementation(device, self.A_log.dtype, *sizes, name)
         return max_tokens(name, self.num_heads, *sizes, self.in_proj.out_features)
+
+    def _implementation(self, device: torch.device) -> str | Callable | None:
+        """What the user asks for by name, else the Hub's scan, else `None` for the fastest here."""
+        return self.config.mamba_implementation or self.hub_scan.on(device)
 
     def forward(
         self,
@@ -153,7 +196,7 @@ class VambaMixer(nn.Module):
             self.dt_bias,
             lengths,
             ssm,
-            self.config.mamba_implementation,
+            self._implementation(dt.device),
         )
         return outputs.flatten(1)[None], MambaState(self._conv_state(conv_inputs, history, lengths), ssm[None])
 

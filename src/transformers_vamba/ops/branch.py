@@ -9,10 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .triton_support import device_of, is_usable, tl, triton
+from .triton_support import device_of, is_usable, launch, real_device, tl, triton
 
 
 MAX_CHANNELS = 2**14  # which a program holds
+
+
+def takes_no_gradient(device: torch.device) -> bool:
+    """Whether what is computed on this device is no part of a graph, and in the dtype of the weights."""
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(real_device(device).type)
 
 
 def can_fuse_branch(states: torch.Tensor, branch: nn.Module, norm: nn.Module, linear: nn.Module) -> bool:
@@ -20,11 +25,10 @@ def can_fuse_branch(states: torch.Tensor, branch: nn.Module, norm: nn.Module, li
     Whether no gradient is taken, nobody looks at what the module `branch` returns, and `norm` before it and `linear`
     at its end only apply their parameters: no adapter, no quantised weight, no hook.
     """
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(states.device.type) or not is_usable(states.device):
-        return False
-    is_float = states.dtype in (torch.bfloat16, torch.float16, torch.float32)
     return (
-        is_float
+        takes_no_gradient(states.device)
+        and is_usable(states.device)
+        and states.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and states.shape[-1] <= MAX_CHANNELS
         and type(norm) in (nn.LayerNorm, nn.RMSNorm)
         and type(linear) is nn.Linear
@@ -63,7 +67,9 @@ def open_branch(
     normed, total = torch.empty_like(states), torch.empty_like(states)
     num_channels = states.shape[-1]
     with device_of(states):
-        _norm[(states.numel() // num_channels,)](
+        launch(
+            _norm,
+            (states.numel() // num_channels,),
             states,
             norm.weight,
             getattr(norm, "bias", None),

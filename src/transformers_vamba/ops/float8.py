@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .branch import has_hooks, is_plain, norm_constants
-from .triton_support import device_of, is_usable, tl, triton
+from .branch import has_hooks, is_plain, norm_constants, takes_no_gradient
+from .triton_support import device_of, is_usable, launch, tl, triton
 
 
 if triton is not None:
@@ -32,10 +32,11 @@ def takes_rows(linear: Any, states: torch.Tensor, norm: nn.Module | None = None)
     """Whether this layer is one of torchao's in float8 and nothing more, and the kernels take states and norm."""
     weight: Any = linear.weight if type(linear) is nn.Linear else None
     rounding = getattr(weight, "act_quant_kwargs", None)
-    if type(weight).__name__ != "Float8Tensor" or rounding is None or torch.is_grad_enabled():
+    if type(weight).__name__ != "Float8Tensor" or rounding is None:
         return False
     return (
-        is_usable(states.device)
+        takes_no_gradient(states.device)
+        and is_usable(states.device)
         and states.dtype == weight.dtype == torch.bfloat16
         and weight.shape[1] <= MAX_CHANNELS
         and weight.qdata.dtype == rounding.float8_dtype == FLOAT8
@@ -43,7 +44,6 @@ def takes_rows(linear: Any, states: torch.Tensor, norm: nn.Module | None = None)
         and type(rounding.granularity).__name__ == "PerRow"
         and rounding.hp_value_lb is None
         and rounding.hp_value_ub is None
-        and not torch.is_autocast_enabled(states.device.type)
         and not has_hooks(linear)
         and (norm is None or is_plain(norm, states))
     )
@@ -89,7 +89,9 @@ def _round(states: torch.Tensor, gate: torch.Tensor | None, function: str, norm:
     codes = torch.empty_like(states, dtype=FLOAT8)
     scales = states.new_empty(*states.shape[:-1], 1, dtype=torch.float32)
     with device_of(states):
-        _round_rows[(scales.numel(),)](
+        launch(
+            _round_rows,
+            (scales.numel(),),
             states,
             gate,
             0 if gate is None else gate.stride(-2),

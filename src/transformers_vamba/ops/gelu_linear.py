@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .branch import is_plain
-from .triton_support import device_of, is_usable, num_processors, shared_memory, tl, triton
+from .branch import is_plain, takes_no_gradient
+from .triton_support import device_of, is_usable, launch, num_processors, shared_memory, tl, triton
 
 
 try:
@@ -28,10 +28,10 @@ GROUP = 8  # blocks of rows that are taken together, so that they share the weig
 
 def can_fuse_gelu(states: torch.Tensor, linear: nn.Module) -> bool:
     """Whether the kernel takes these states, `(num_rows, num_inputs)`, and this layer; it has no gradient."""
-    if describe is None or torch.is_grad_enabled() or torch.is_autocast_enabled(states.device.type):
-        return False
     return (
-        is_usable(states.device)
+        describe is not None
+        and takes_no_gradient(states.device)
+        and is_usable(states.device)
         and states.dtype in (torch.bfloat16, torch.float16)
         and len(states) >= MIN_ROWS
         and type(linear) is nn.Linear
@@ -51,7 +51,9 @@ def quick_gelu_linear(states: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
     num_warps, num_stages, num_per_processor = LAUNCH
     num_programs = num_processors(states.device) * num_per_processor
     with device_of(states):
-        _linear_quick_gelu[(num_programs,)](
+        launch(
+            _linear_quick_gelu,
+            (num_programs,),
             describe(states, [block_rows, block_inputs]),
             describe(weight, [block_outputs, block_inputs]),
             linear.bias,
@@ -70,7 +72,7 @@ def quick_gelu_linear(states: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_rows"])
     def _linear_quick_gelu(
         states,
         weight,
