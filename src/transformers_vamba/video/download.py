@@ -9,6 +9,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.message import Message
+from email.utils import parsedate_to_datetime
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 from urllib.error import HTTPError, URLError
@@ -176,10 +178,13 @@ def make_opener(limits: SourceLimits) -> urllib.request.OpenerDirector:
     return opener
 
 
-def open_url(url: str, limits: SourceLimits, headers: dict[str, str] | None = None) -> http.client.HTTPResponse:
+def open_url(
+    url: str, limits: SourceLimits, headers: dict[str, str] | None = None, method: str = "GET"
+) -> http.client.HTTPResponse:
     """Opens an http or https URL. Raises an `OSError`, `HTTPException` or `ValueError` if that fails."""
     limits.check_url(url)
-    request = urllib.request.Request(quote_url(url), headers={"User-Agent": "transformers-vamba", **(headers or {})})
+    headers = {"User-Agent": "transformers-vamba", **(headers or {})}
+    request = urllib.request.Request(quote_url(url), headers=headers, method=method)
     return make_opener(limits).open(request, timeout=limits.timeout)
 
 
@@ -190,6 +195,21 @@ def is_temporary(error: Exception) -> bool:
     if isinstance(error, URLError):
         error = error.reason
     return isinstance(error, (ConnectionError, TimeoutError, http.client.IncompleteRead))
+
+
+def find_validator(headers: Message) -> str | None:
+    """
+    The ETag or the date of a URL's content, if it changes whenever a byte of that does: a weak ETag may not, nor may a
+    date of the second in which the content was sent, as further changes in it have the same (RFC 9110, 8.8).
+    """
+    tag, date = headers["ETag"], headers["Last-Modified"]
+    if tag and not tag.startswith("W/"):
+        return tag
+    try:
+        age = parsedate_to_datetime(headers["Date"]) - parsedate_to_datetime(date)
+    except (TypeError, ValueError):  # one of them is missing or no date
+        return None
+    return date if age.total_seconds() >= 1 else None
 
 
 class PartialDownload:
@@ -215,8 +235,7 @@ class PartialDownload:
             if response.status != 206 or not (response.headers["Content-Range"] or "").startswith(f"bytes {start}-"):
                 self.file.seek(0)
                 self.file.truncate()
-            tag = response.headers["ETag"]
-            self.validator = tag if tag and not tag.startswith("W/") else response.headers["Last-Modified"]
+            self.validator = find_validator(response.headers)
             self.copied.check_size(self.file.tell() + (response.length or 0))
             try:
                 self.copied.copy(response.read1, self.file)
@@ -272,9 +291,13 @@ def download_version(url: str, limits: SourceLimits) -> Iterator[tuple[BinaryIO,
 
 def is_unchanged(url: str, version: str, limits: SourceLimits) -> bool:
     """Whether a URL still has the content of a version that [`download_version`] gave."""
-    header = "If-None-Match" if version.startswith('"') else "If-Modified-Since"
+    is_tag = version.startswith('"')
+    headers, method = ({"If-None-Match": version}, "GET") if is_tag else ({}, "HEAD")
     try:
-        open_url(url, limits, {header: version}).close()
+        with open_url(url, limits, headers, method) as response:
+            # Dates are compared here: a file that was replaced by an older one counts as unchanged for many servers.
+            return not is_tag and find_validator(response.headers) == version
     except HTTPError as error:
         return error.code == 304
-    return False
+    except (OSError, http.client.HTTPException):
+        return False  # the download says what is wrong, and tries again
