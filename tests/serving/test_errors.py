@@ -215,6 +215,10 @@ def test_what_is_too_large(start, media_root, tmp_path):
         ({"n": 2}, "`n`: Input should be 1, got 2."),
         ({"tools": [{"type": "function"}]}, "`tools`: List should have at most 0 items"),
         ({"response_format": {"type": "json_object"}}, "`response_format.type`: Input should be 'text'"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}},
+            "`response_format.type`: Input should be 'text', got 'json_schema'.",
+        ),
         ({"generation_config": "{"}, "`generation_config` is no JSON"),
         ({"generation_config": "[" * 10**6}, "`generation_config` is no JSON"),
         (
@@ -326,7 +330,7 @@ def test_too_many_media(server):
     assert "may have 64 images and videos, got 65" in refusal(server, *[video("movement.mp4")] * 65)
 
 
-@pytest.mark.parametrize("body", (b"", b"{", b"[]", b'"text"'))
+@pytest.mark.parametrize("body", (b"", b"{", b"[]", b'"text"', b'{"user": "\xff"}', b"[" * 10**6))
 def test_a_body_that_is_no_object(server, body):
     status, answer = post(server, body)
     assert status == 400

@@ -14,6 +14,7 @@ import torch
 from transformers.utils import logging
 
 from ..cache.cache import VambaCache
+from ..cache.saving import CACHE_CONFIG_NAME
 
 
 logger = logging.get_logger(__name__)
@@ -106,7 +107,7 @@ class VideoFolder:
         path.mkdir(parents=True, exist_ok=True)
 
     def __contains__(self, key: str) -> bool:
-        return (self.path / key).is_dir()
+        return (self.path / key / CACHE_CONFIG_NAME).is_file()
 
     def size(self, key: str) -> int:
         """Of a video and of what interrupted saves of it have left; another server may drop it meanwhile."""

@@ -33,6 +33,12 @@ class Message(BaseModel):
     content: str | list[dict[str, Any]] | None = None
 
 
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+
+
 class ChatRequest(BaseModel):
     """
     The fields of a request. Those that this server does not support may have the value that means nothing, since many
@@ -75,7 +81,7 @@ class ChatRequest(BaseModel):
     prediction: None = None
     presence_penalty: Literal[0] | None = None
     reasoning_effort: None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    response_format: ResponseFormat | None = None
     tool_choice: Literal["none", "auto"] | None = None
     tools: Nothing | None = None
     top_logprobs: Literal[0] | None = None
