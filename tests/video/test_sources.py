@@ -105,6 +105,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True
 
+    def trickle(self, beginning):
+        """What is not yet the content, byte by byte."""
+        try:
+            self.wfile.write(beginning)
+            for _ in range(1000):
+                self.wfile.write(b"0")
+                time.sleep(0.05)
+        except OSError:
+            self.close_connection = True
+
+    def slow_header(self):
+        self.trickle(b"HTTP/1.1 200 OK\r\nX-Name: ")
+
+    def slow_chunk(self):
+        self.trickle(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+
     def stalled(self):
         self.start(Content_Length=1000)
         time.sleep(3)
@@ -255,6 +271,8 @@ def test_broken_off_downloads(processor, server, name, message):
         ("endless", {"max_bytes": 10**6}, r"larger than 1,000,000 bytes, the limit \(`max_bytes`\)"),
         ("huge", {}, "larger than .* bytes"),
         ("slow", {"max_seconds": 0.5}, r"longer than 0.5 seconds, the limit \(`max_seconds`\)"),
+        ("slow_header", {"max_seconds": 0.5}, r"longer than 0.5 seconds, the limit \(`max_seconds`\)"),
+        ("slow_chunk", {"max_seconds": 0.5}, r"longer than 0.5 seconds, the limit \(`max_seconds`\)"),
         ("stalled", {"timeout": 0.2, "max_seconds": 1}, "timed out|longer than 1 seconds"),
         ("whole", {"allow_private": False}, "an address that is not public"),
         ("whole", {"allowed_hosts": frozenset({"example.org"})}, "'127.0.0.1' is not among the allowed"),

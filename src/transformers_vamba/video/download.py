@@ -2,6 +2,7 @@
 """What a URL names, brought to a temporary file whole, within limits on size, time and place."""
 
 import http.client
+import io
 import ipaddress
 import socket
 import time
@@ -133,8 +134,46 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def connection_class(base: Any, limits: SourceLimits) -> Any:
-    """A class of connections that are not even begun to an address that is not allowed."""
+class TimedReader(io.RawIOBase):
+    """
+    Reads a connection within the time of a download, which the wait for the next byte alone does not bound: a server
+    may send its headers, or the lengths of chunks, byte by byte.
+
+    Args:
+        connection (`socket.socket`): The connection.
+        copied ([`Copied`]): The download.
+    """
+
+    def __init__(self, connection: socket.socket, copied: Copied):
+        self.connection, self.copied = connection, copied
+        self.raw = connection.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int | None:
+        self.copied.check_time()
+        remaining = self.copied.deadline - time.monotonic()
+        self.connection.settimeout(min(self.copied.limits.timeout, max(remaining, 0.001)))
+        return self.raw.readinto(buffer)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+def connection_class(base: Any, limits: SourceLimits, copied: Copied | None) -> Any:
+    """
+    A class of connections that are not even begun to an address that is not allowed, and end when the time of a
+    download is over.
+    """
+
+    class Response(http.client.HTTPResponse):
+        def __init__(self, sock, *args, **kwargs):
+            super().__init__(sock, *args, **kwargs)
+            if copied is not None:
+                self.fp.close()
+                self.fp = io.BufferedReader(TimedReader(sock, copied))
 
     def connect_to_checked(address, timeout, source_address):
         host, port = address
@@ -150,6 +189,8 @@ def connection_class(base: Any, limits: SourceLimits) -> Any:
         return socket.create_connection((addresses[-1], port), timeout, source_address)
 
     class CheckedConnection(base):
+        response_class = Response
+
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self._create_connection = connect_to_checked
@@ -157,16 +198,16 @@ def connection_class(base: Any, limits: SourceLimits) -> Any:
     return CheckedConnection
 
 
-def make_opener(limits: SourceLimits) -> urllib.request.OpenerDirector:
+def make_opener(limits: SourceLimits, copied: Copied | None) -> urllib.request.OpenerDirector:
     """Opens http and https URLs, and nothing else."""
 
     class Http(urllib.request.HTTPHandler):
         def http_open(self, req):
-            return self.do_open(connection_class(http.client.HTTPConnection, limits), req)
+            return self.do_open(connection_class(http.client.HTTPConnection, limits, copied), req)
 
     class Https(urllib.request.HTTPSHandler):
         def https_open(self, req):
-            connection = connection_class(http.client.HTTPSConnection, limits)
+            connection = connection_class(http.client.HTTPSConnection, limits, copied)
             return self.do_open(connection, req, context=self._context)  # type: ignore[attr-defined]
 
     opener = urllib.request.OpenerDirector()
@@ -179,13 +220,20 @@ def make_opener(limits: SourceLimits) -> urllib.request.OpenerDirector:
 
 
 def open_url(
-    url: str, limits: SourceLimits, headers: dict[str, str] | None = None, method: str = "GET"
+    url: str,
+    limits: SourceLimits,
+    headers: dict[str, str] | None = None,
+    method: str = "GET",
+    copied: Copied | None = None,
 ) -> http.client.HTTPResponse:
-    """Opens an http or https URL. Raises an `OSError`, `HTTPException` or `ValueError` if that fails."""
+    """
+    Opens an http or https URL, to be read for as long as `copied` may take; without it for any time. Raises an
+    `OSError`, `HTTPException` or `ValueError` if that fails.
+    """
     limits.check_url(url)
     headers = {"User-Agent": "transformers-vamba", **(headers or {})}
     request = urllib.request.Request(quote_url(url), headers=headers, method=method)
-    return make_opener(limits).open(request, timeout=limits.timeout)
+    return make_opener(limits, copied).open(request, timeout=limits.timeout)
 
 
 def is_temporary(error: Exception) -> bool:
@@ -231,7 +279,7 @@ class PartialDownload:
         headers = {}
         if start and self.validator:
             headers = {"Range": f"bytes={start}-", "If-Range": self.validator}
-        with open_url(self.url, self.copied.limits, headers) as response:
+        with open_url(self.url, self.copied.limits, headers, copied=self.copied) as response:
             if response.status != 206 or not (response.headers["Content-Range"] or "").startswith(f"bytes {start}-"):
                 self.file.seek(0)
                 self.file.truncate()
@@ -294,7 +342,7 @@ def is_unchanged(url: str, version: str, limits: SourceLimits) -> bool:
     is_tag = version.startswith('"')
     headers, method = ({"If-None-Match": version}, "GET") if is_tag else ({}, "HEAD")
     try:
-        with open_url(url, limits, headers, method) as response:
+        with open_url(url, limits, headers, method, Copied(limits)) as response:
             # Dates are compared here: a file that was replaced by an older one counts as unchanged for many servers.
             return not is_tag and find_validator(response.headers) == version
     except HTTPError as error:
