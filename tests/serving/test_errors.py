@@ -9,7 +9,6 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import openai
 import PIL.Image
@@ -396,14 +395,16 @@ def test_no_memory_left(server, monkeypatch):
     ("options", "message"),
     [
         ({"force_model": None}, "Name the model"),
-        ({"media_root": Path("/nothing")}, "--media-root must be a folder, got '/nothing'"),
+        ({"media_root": "/nothing"}, "--media-root must be a folder, got '/nothing'"),
+        ({"media_root": ""}, "--media-root must be a folder, got ''"),  # of a variable that is not set
+        ({"video_folder": ""}, "--video-folder '' cannot be made: No such file or directory."),
         ({"allowed_hosts": "http://nas.local"}, "hosts without scheme and port, got 'http://nas.local'"),
         ({"allowed_hosts": "nas.local,10.0.0.7:8080"}, "hosts without scheme and port, got '10.0.0.7:8080'"),
         ({"allowed_hosts": "*.local"}, "--allowed-hosts takes whole hosts without scheme and port, got '*.local'"),
         ({"video_memory_gib": float("nan")}, "--video-memory-gib must be a finite number, got nan."),
         ({"video_folder_gib": float("inf")}, "--video-folder-gib must be a finite number, got inf."),
         ({"media_timeout": float("nan")}, "--media-timeout must be a finite number, got nan."),
-        ({"video_folder": Path(__file__)}, f"--video-folder {__file__!r} cannot be made: File exists."),
+        ({"video_folder": __file__}, f"--video-folder {__file__!r} cannot be made: File exists."),
         ({"chat_template_kwargs": '{"fps": 0}'}, "`--chat-template-kwargs.fps`: Input should be greater than 0"),
         ({"chat_template_kwargs": '{"frames": 4}'}, "`--chat-template-kwargs` may set add_vision_id, fps, max_frames"),
         ({"chat_template_kwargs": "{"}, "--chat-template-kwargs must be an object of JSON, got '{'"),

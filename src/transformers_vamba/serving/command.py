@@ -24,8 +24,9 @@ MIB, GIB = 2**20, 2**30
 
 
 def make_options(
+    # As text: a `Path` of the empty text, which a variable that is not set gives, is the current folder.
     media_root: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Folder of images and videos that requests may name by path. Without it they may name none."
         ),
@@ -50,7 +51,7 @@ def make_options(
         ),
     ] = None,
     video_folder: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Folder that keeps processed videos over a restart."),
     ] = None,
     video_folder_gib: Annotated[float, typer.Option(help="Greatest size of that folder, in GiB.", min=0.0)] = 100.0,
@@ -64,30 +65,31 @@ def make_options(
     for name, number in numbers.items():
         if number is not None and not math.isfinite(number):
             raise SystemExit(f"--{name} must be a finite number, got {number}.")
-    if media_root is not None and not media_root.is_dir():
-        raise SystemExit(f"--media-root must be a folder, got {str(media_root)!r}.")
+    if media_root is not None and not os.path.isdir(media_root):
+        raise SystemExit(f"--media-root must be a folder, got {media_root!r}.")
     hosts = frozenset(host.strip().lower().strip("[]") for host in (allowed_hosts or "").split(",") if host.strip())
     for host in hosts:
         if "/" in host or "*" in host or host.count(":") == 1:
             raise SystemExit(f"--allowed-hosts takes whole hosts without scheme and port, got {host!r}.")
     if video_folder is not None:
         try:
-            video_folder.mkdir(parents=True, exist_ok=True)
+            os.makedirs(video_folder, exist_ok=True)
         except OSError as error:
-            raise SystemExit(f"--video-folder {str(video_folder)!r} cannot be made: {error.strerror}.") from error
+            raise SystemExit(f"--video-folder {video_folder!r} cannot be made: {error.strerror}.") from error
         if not os.access(video_folder, os.W_OK | os.X_OK):
-            raise SystemExit(f"--video-folder {str(video_folder)!r} cannot be written to.")
+            raise SystemExit(f"--video-folder {video_folder!r} cannot be written to.")
     limits = SourceLimits(
         max_bytes=max_media_mib * MIB,
         max_seconds=media_timeout,
         timeout=min(media_timeout, SourceLimits.timeout),
         allow_local=media_root is not None,
-        media_root=None if media_root is None else str(media_root),
+        media_root=media_root,
         allow_private=False,
         private_hosts=hosts,
     )
     memory = None if video_memory_gib is None else int(video_memory_gib * GIB)
-    return ServingOptions(limits, memory, video_folder, int(video_folder_gib * GIB))
+    folder = None if video_folder is None else Path(video_folder)
+    return ServingOptions(limits, memory, folder, int(video_folder_gib * GIB))
 
 
 def check_template_options(given: str | None) -> None:
