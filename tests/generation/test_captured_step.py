@@ -118,7 +118,7 @@ def test_the_same_shape_is_recorded_once(device, num_recorded):
 def test_a_share_of_the_video(device, num_recorded, implementation, mode):
     """From the host's memory too: the share is on the device."""
     model = tiny_model().to(device)
-    videos = to(device, make_media("video", (40, 4, 6), (30, 4, 6)))
+    videos = to(device, make_media("video", (50, 4, 6), (40, 4, 6)))
     options = {"video_cache_implementation": implementation, "video_read_share": 0.3}
     options["video_sample_ids"] = torch.tensor([0, 1], device=device)
     cache = model.encode_video(**videos, **options)

@@ -182,7 +182,7 @@ def small_model() -> VambaForConditionalGeneration:
         (4, {"video_pruning_rate": 0.75}),
         (6, {"max_video_tokens": 1000}),
         (6, {"video_pruning_rate": 0.5, "max_video_tokens": 1000}),
-        (4, {"video_read_share": 0.25}),
+        (6, {"video_read_share": 0.25}),
         (6, {"video_pruning_rate": 0.5, "video_read_share": 0.1}),
     ),
     ids=str,

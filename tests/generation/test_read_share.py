@@ -13,17 +13,18 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.video_utils import VideoMetadata
 
 from transformers_vamba import VambaCache, forecast_memory
+from transformers_vamba.cache import stretches as stretches_module
 from transformers_vamba.cache.layers import VambaVideoLayer
 from transformers_vamba.cache.steps import VideoSteps
 from transformers_vamba.cache.storage import HostStorage
-from transformers_vamba.cache.stretches import STEPS_PER_STRETCH, choose, num_read, stretches_of
+from transformers_vamba.cache.stretches import LEAST_STRETCHES, STEPS_PER_STRETCH, choose, num_read, stretches_of
 from transformers_vamba.generation.read_share import TOKENS_WATCHED
 from transformers_vamba.layers.decoder import VambaCrossAttention
 from transformers_vamba.ops.quantized_attention import QuantizedStates
 
 
 IMPLEMENTATIONS = ("dynamic", "quantized", "offloaded", "offloaded_quantized")
-NUM_STEPS, TOKENS_PER_STEP = 5 * STEPS_PER_STRETCH + 2, 6
+NUM_STEPS, TOKENS_PER_STEP = 10 * STEPS_PER_STRETCH + 2, 6
 VIDEO = make_media("video", (NUM_STEPS, 4, 6))
 NUM_TOKENS = NUM_STEPS * TOKENS_PER_STEP
 STRETCH = STEPS_PER_STRETCH * TOKENS_PER_STEP
@@ -32,6 +33,12 @@ NEW_TOKENS = 6
 
 def double(inputs):
     return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+@pytest.fixture(autouse=True)
+def least(monkeypatch):
+    """A tiny video has not many stretches."""
+    monkeypatch.setattr(stretches_module, "LEAST_STRETCHES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +194,9 @@ def test_an_image_before_a_short_video_is_read_whole(model, text):
 
 
 def test_several_questions_about_one_video(monkeypatch, model):
-    texts = torch.cat([make_text(length=20, seed=seed) for seed in range(3)])
+    texts = torch.cat([make_text(length=40, seed=seed) for seed in range(3)])
     mask = torch.ones_like(texts)
-    mask[1, :3], mask[2, :12] = 0, 0  # of which the last one has fewer tokens than are watched
+    mask[1, :3], mask[2, :30] = 0, 0  # of which the last one has fewer tokens than are watched
     cache = model.encode_video(**double(VIDEO))
     assert_is_reference(monkeypatch, model, texts, 0.25, cache, mask=mask)
 
@@ -432,6 +439,18 @@ def test_how_much_is_read():
     assert stretches.tolist() == [40] * 5
     shares = {1.0: 200, 0.5: 100, 0.401: 81, 0.2: 40, 0.1: 40, 0.0001: 40}
     assert {share: num_read(200, 40, share) for share in shares} == shares
+
+
+def test_short_videos_are_read_whole(monkeypatch, model, text):
+    """And of longer ones as much as of them."""
+    monkeypatch.setattr(stretches_module, "LEAST_STRETCHES", LEAST_STRETCHES)
+    num_steps = LEAST_STRETCHES * STEPS_PER_STRETCH
+    short = {"pixel_values_videos": VIDEO["pixel_values_videos"][: num_steps * 24].double()}
+    short["video_grid_thw"] = torch.tensor([[num_steps, 4, 6]])
+    cache = model.encode_video(**short)
+    outputs = [generate(model, text, cache=cache.fork(), video_read_share=share) for share in (0.01, None)]
+    assert torch.equal(*map(logits_of, outputs))
+    assert num_read(500, 10, 0.01) == 10 * LEAST_STRETCHES and num_read(5000, 10, 0.1) == 500
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from .steps import VideoSteps
 
 
 STEPS_PER_STRETCH = 4  # 8 frames of a video
+LEAST_STRETCHES = 8  # so many are read at least: of a short video less would save nothing, and answers suffer
 
 
 def check_read_share(video_read_share: float | None) -> None:
@@ -34,8 +35,9 @@ def stretches_of(steps: VideoSteps) -> torch.Tensor:
 
 
 def num_read(num_tokens: int, longest_stretch: int, video_read_share: float) -> int:
-    """How many of a video's tokens are read: the share, but at least the longest stretch."""
-    return max(longest_stretch, math.ceil(round(num_tokens * video_read_share, 6)))
+    """How many of a video's tokens are read: the share, but at least as many as some stretches have, or all."""
+    least = LEAST_STRETCHES * longest_stretch
+    return min(num_tokens, max(least, math.ceil(round(num_tokens * video_read_share, 6))))
 
 
 def choose(weights: torch.Tensor, stretches: torch.Tensor, num_tokens: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from ..layers.decoder import VambaCrossAttention, VideoRead
 from .locate import read_in_layer, videos_by_row
 
 
-TOKENS_WATCHED = 16  # the last ones of a prompt
+TOKENS_WATCHED = 32  # the last ones of a prompt
 
 
 class StretchChooser:
@@ -46,7 +46,7 @@ class StretchChooser:
     def __call__(
         self, cache: VambaCache, layer: VambaCrossAttention, hidden_states: torch.Tensor, reads: list[VideoRead]
     ) -> None:
-        """A watcher for the cache, see [`VambaCache`]."""
+        """The watcher, see [`VambaCache`]."""
         stop = cache.get_seq_length(layer.layer_idx)
         is_watched = self._is_watched[:, stop - hidden_states.shape[1] : stop]
         videos = dict(zip(self._rows, videos_by_row(hidden_states, reads)))
@@ -54,12 +54,13 @@ class StretchChooser:
             video = self._rows[row]
             if video is None or video not in self._stretches:
                 continue
-            # A pass may bring more than the prompt, such as candidates for the tokens after it.
-            texts = hidden_states[row, : is_watched.shape[1]][is_watched[row].to(hidden_states.device)]
             stretches = self._stretches[video]
             weights = self._weights.setdefault((layer.layer_idx, row), torch.zeros(len(stretches)))
-            for log_weights in read_in_layer(layer, texts, videos[video][0], stretches) if len(texts) else ():
-                weights += log_weights.exp().sum((0, 1)).cpu()
+            if is_watched[row].any():
+                # A pass may bring more than the prompt, such as candidates for the tokens after it.
+                texts = hidden_states[row, : is_watched.shape[1]][is_watched[row].to(hidden_states.device)]
+                for log_weights in read_in_layer(layer, texts, videos[video][0], stretches):
+                    weights += log_weights.exp().sum((0, 1)).cpu()
         if stop >= self._is_watched.shape[1]:
             for video in self._stretches:
                 cache.excerpts[video].append(self._excerpt(cache, layer.layer_idx, video, videos[video]))
