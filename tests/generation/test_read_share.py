@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -261,6 +262,41 @@ def test_assisted_generation(model, text):
         model.generate(repeated, cache=cache, video_read_share=0.2, prompt_lookup_num_tokens=3, max_new_tokens=8)
     assert lengths[:3] == [NUM_TOKENS] * 3 and len(lengths) > 3
     assert set(lengths[3:]) == {math.ceil(0.2 * NUM_TOKENS)}
+
+
+def test_an_assistant_reads_all(model, text):
+    """The assistant is asked without the option, and its candidates are verified by what reads the share."""
+    cache, options = model.encode_video(**double(VIDEO)), {"video_read_share": 0.2, "max_new_tokens": 8}
+    expected = model.generate(text, cache=cache.fork(), do_sample=False, **options)
+    assistant = tiny_model(dtype=torch.float64)
+    assistant.generation_config.num_assistant_tokens = 1
+    tokens = model.generate(text, cache=cache.fork(), assistant_model=assistant, do_sample=False, **options)
+    assert tokens.shape == expected.shape and torch.equal(
+        tokens[:, : text.shape[1] + 1], expected[:, : text.shape[1] + 1]
+    )
+
+
+def test_text_that_is_embedded(model, text):
+    expected = generate(model, text, **double(VIDEO), video_read_share=0.2)
+    embeds = model.get_input_embeddings()(text)
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "video_read_share": 0.2}
+    tokens = model.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(text), **double(VIDEO), **options)
+    assert torch.equal(tokens, expected.sequences[:, text.shape[1] :])
+
+
+def test_threads_choose_for_themselves(model):
+    cache = model.encode_video(**double(VIDEO))
+    asked = [(make_text(length=30, seed=seed), share) for seed, share in enumerate((0.2, None, 0.5, 0.3))]
+
+    def ask(text, share):
+        with torch.no_grad():
+            return logits_of(generate(model, text, cache=cache.fork(), video_read_share=share))
+
+    expected = [ask(*each) for each in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        for _ in range(3):
+            for found, alone in zip(pool.map(ask, *zip(*asked)), expected):
+                torch.testing.assert_close(found, alone)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
