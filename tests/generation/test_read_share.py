@@ -14,21 +14,19 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.video_utils import VideoMetadata
 
 from transformers_vamba import VambaCache, forecast_memory
-from transformers_vamba.cache import stretches as stretches_module
+from transformers_vamba.cache import excerpts
+from transformers_vamba.cache.excerpts import LEAST_STEPS, choose, num_read
 from transformers_vamba.cache.layers import VambaVideoLayer
-from transformers_vamba.cache.steps import VideoSteps
 from transformers_vamba.cache.storage import HostStorage
-from transformers_vamba.cache.stretches import LEAST_STRETCHES, STEPS_PER_STRETCH, choose, num_read, stretches_of
 from transformers_vamba.generation.read_share import TOKENS_WATCHED
 from transformers_vamba.layers.decoder import VambaCrossAttention
 from transformers_vamba.ops.quantized_attention import QuantizedStates
 
 
 IMPLEMENTATIONS = ("dynamic", "quantized", "offloaded", "offloaded_quantized")
-NUM_STEPS, TOKENS_PER_STEP = 10 * STEPS_PER_STRETCH + 2, 6
+NUM_STEPS, TOKENS_PER_STEP = LEAST_STEPS + 10, 6
 VIDEO = make_media("video", (NUM_STEPS, 4, 6))
 NUM_TOKENS = NUM_STEPS * TOKENS_PER_STEP
-STRETCH = STEPS_PER_STRETCH * TOKENS_PER_STEP
 NEW_TOKENS = 6
 
 
@@ -38,8 +36,8 @@ def double(inputs):
 
 @pytest.fixture(autouse=True)
 def least(monkeypatch):
-    """A tiny video has not many stretches."""
-    monkeypatch.setattr(stretches_module, "LEAST_STRETCHES", 1)
+    """A tiny video has not many time steps."""
+    monkeypatch.setattr(excerpts, "LEAST_STEPS", 1)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +92,7 @@ class Reference:
         is_read = [torch.ones(hidden_states.shape[1], each.shape[-1], dtype=torch.bool) for each in weights]
         for start, end in self.turns:
             watched = [self.watched(row, start, end) for row in range(len(weights))]
-            of_steps = [self.by_stretch(row, weights[row][:, watched[row]]) for row in range(len(weights))]
+            of_steps = [self.by_step(row, weights[row][:, watched[row]]) for row in range(len(weights))]
             for row, video in enumerate(self.rows):
                 others = [i for i, other in enumerate(self.rows) if other == video]
                 is_chosen = self.choose(row, torch.stack([of_steps[other] for other in others]).amax(0))
@@ -113,21 +111,18 @@ class Reference:
         tokens = [i for i in range(end) if self.mask is None or self.mask[row, i]][-TOKENS_WATCHED:]
         return [i for i in tokens if i >= start]
 
-    def by_stretch(self, row, weights):
-        """The share of each stretch in what some tokens have read."""
-        ends = self.steps[row].num_tokens.cumsum(0).tolist()
-        ends = [ends[min(i + STEPS_PER_STRETCH, len(ends)) - 1] for i in range(0, len(ends), STEPS_PER_STRETCH)]
-        read = weights.mean((0, 1))
-        return torch.stack([read[start:end].sum() for start, end in zip([0, *ends], ends)])
+    def by_step(self, row, weights):
+        """The share of each time step in what some tokens have read."""
+        return torch.stack([read.sum() for read in weights.mean((0, 1)).split(self.steps[row].num_tokens.tolist())])
 
     def choose(self, row, read):
-        stretches = stretches_of(self.steps[row])
-        num_left = max(math.ceil(self.share * int(stretches.sum())), int(stretches.max()))
-        is_chosen = torch.zeros(int(stretches.sum()), dtype=torch.bool)
-        for stretch in sorted(range(len(read)), key=lambda i: -float(read[i] / max(1, stretches[i]))):
-            start = int(stretches[:stretch].sum())
-            is_chosen[start : start + min(num_left, int(stretches[stretch]))] = True
-            num_left -= min(num_left, int(stretches[stretch]))
+        steps = self.steps[row].num_tokens
+        num_left = max(math.ceil(self.share * int(steps.sum())), int(steps.max()))
+        is_chosen = torch.zeros(int(steps.sum()), dtype=torch.bool)
+        for step in sorted(range(len(read)), key=lambda i: -float(read[i] / max(1, steps[i]))):
+            start = int(steps[:step].sum())
+            is_chosen[start : start + min(num_left, int(steps[step]))] = True
+            num_left -= min(num_left, int(steps[step]))
         return is_chosen
 
 
@@ -164,34 +159,20 @@ def assert_is_reference(monkeypatch, model, text, share, cache, rows=None, mask=
 def test_is_attention_with_the_rest_masked(monkeypatch, model, text, implementation, share):
     cache = model.encode_video(**double(VIDEO), video_cache_implementation=implementation)
     outputs, chosen = assert_is_reference(monkeypatch, model, text, share, cache)
-    num_tokens = max(math.ceil(share * NUM_TOKENS), STRETCH)
+    num_tokens = math.ceil(share * NUM_TOKENS)
     assert [int(each.sum()) for each in chosen] == [num_tokens] * 3
     assert len({tuple(each.tolist()) for each in chosen}) > 1  # the layers choose for themselves
     assert not torch.allclose(logits_of(outputs), logits_of(generate(model, text, cache=cache.fork())), atol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(
-    "length, share", ((NUM_STEPS, 1.0), (NUM_STEPS, 1), (NUM_STEPS, 0.999), (STEPS_PER_STRETCH, 0.05))
-)
+@pytest.mark.parametrize("length, share", ((NUM_STEPS, 1.0), (NUM_STEPS, 1), (NUM_STEPS, 0.999), (1, 0.05)))
 def test_what_covers_all_is_full_reading_to_the_bit(model, text, implementation, length, share):
-    """All of it, all but what is rounded away, and a video of a single stretch."""
+    """All of it, all but what is rounded away, and a video of a single time step."""
     video = double(make_media("video", (length, 4, 6)))
     cache = model.encode_video(**video, video_cache_implementation=implementation)
     expected = logits_of(generate(model, text, cache=cache.fork()))
     assert torch.equal(logits_of(generate(model, text, cache=cache.fork(), video_read_share=share)), expected)
-
-
-def test_an_image_before_a_short_video_is_read_whole(model, text):
-    """It is a step of its own, and of many tokens: the stretch with it is the least that is read."""
-    image = double(make_media("image", (1, 20, 20), seed=1))
-    marks = torch.zeros_like(text)
-    marks[0, :2] = torch.tensor([1, 2])
-    short = double(make_media("video", (STEPS_PER_STRETCH - 1, 4, 6)))
-    outputs = [
-        generate(model, text, **image, **short, mm_token_type_ids=marks, video_read_share=x) for x in (0.1, None)
-    ]
-    assert torch.equal(*map(logits_of, outputs))
 
 
 def test_several_questions_about_one_video(monkeypatch, model):
@@ -203,7 +184,7 @@ def test_several_questions_about_one_video(monkeypatch, model):
 
 
 def test_each_its_own_video_and_two_that_share(monkeypatch, model):
-    videos = make_media("video", (NUM_STEPS, 4, 6), (3 * STEPS_PER_STRETCH, 4, 4), seed=3)
+    videos = make_media("video", (NUM_STEPS, 4, 6), (12, 4, 4), seed=3)
     cache = model.encode_video(**double(videos), video_sample_ids=torch.tensor([0, 1]))
     cache.rows = [1, 0, 1]
     texts = torch.cat([make_text(length=20, seed=seed) for seed in range(3)])
@@ -317,12 +298,12 @@ def test_a_conversation_chooses_again(monkeypatch, model, text, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kept", ({"video_pruning_rate": 0.5}, {"max_video_tokens": 140}), ids=str)
 def test_of_a_stream_that_is_pruned_or_bounded(monkeypatch, model, text, kept, implementation):
-    """Its stretches have different numbers of tokens."""
+    """Its time steps have different numbers of tokens."""
     cache = None
     for pixels in double(make_media("video", (42, 4, 6)))["pixel_values_videos"].split(7 * 24):
         kwargs = {"cache": cache, "video_cache_implementation": implementation, **kept}
         cache = model.encode_video(pixels, torch.tensor([[7, 4, 6]]), **kwargs)
-    assert len(set(stretches_of(cache.steps_of(0)).tolist())) > 2
+    assert len(set(cache.steps_of(0).num_tokens.tolist())) > 1
     _, chosen = assert_is_reference(monkeypatch, model, text, 0.4, cache)
     assert all(chosen[0].sum() <= each.numel() / 2 for each in chosen)
 
@@ -461,32 +442,27 @@ def test_without_a_cache_of_the_text(model, text):
 
 
 def test_choosing_takes_the_most_that_fits():
-    weights, stretches = torch.tensor([0.1, 0.3, 0.0, 0.4, 0.2]), torch.tensor([4, 4, 0, 8, 1])
+    weights, steps = torch.tensor([0.1, 0.3, 0.0, 0.4, 0.2]), torch.tensor([4, 4, 0, 8, 1])
     # Of each token: 0.025, 0.075, nothing, 0.05, 0.2.
-    assert choose(weights, stretches, 1).tolist() == [16]
-    assert choose(weights, stretches, 5).tolist() == [4, 5, 6, 7, 16]
-    assert choose(weights, stretches, 8).tolist() == [4, 5, 6, 7, 8, 9, 10, 16]
-    assert choose(weights, stretches, 17).tolist() == list(range(17))
-
-
-def test_how_much_is_read():
-    steps = VideoSteps().append(20, 10)
-    stretches = stretches_of(steps)
-    assert stretches.tolist() == [40] * 5
-    shares = {1.0: 200, 0.5: 100, 0.401: 81, 0.2: 40, 0.1: 40, 0.0001: 40}
-    assert {share: num_read(200, 40, share) for share in shares} == shares
+    assert choose(weights, steps, 1).tolist() == [16]
+    assert choose(weights, steps, 5).tolist() == [4, 5, 6, 7, 16]
+    assert choose(weights, steps, 8).tolist() == [4, 5, 6, 7, 8, 9, 10, 16]
+    assert choose(weights, steps, 17).tolist() == list(range(17))
 
 
 def test_short_videos_are_read_whole(monkeypatch, model, text):
-    """And of longer ones as much as of them."""
-    monkeypatch.setattr(stretches_module, "LEAST_STRETCHES", LEAST_STRETCHES)
-    num_steps = LEAST_STRETCHES * STEPS_PER_STRETCH
-    short = {"pixel_values_videos": VIDEO["pixel_values_videos"][: num_steps * 24].double()}
-    short["video_grid_thw"] = torch.tensor([[num_steps, 4, 6]])
-    cache = model.encode_video(**short)
-    outputs = [generate(model, text, cache=cache.fork(), video_read_share=share) for share in (0.01, None)]
-    assert torch.equal(*map(logits_of, outputs))
-    assert num_read(500, 10, 0.01) == 10 * LEAST_STRETCHES and num_read(5000, 10, 0.1) == 500
+    """And of longer ones as much as of them. An image is a time step of its own, however many tokens it has."""
+    monkeypatch.setattr(excerpts, "LEAST_STEPS", LEAST_STEPS)
+    short = double({"pixel_values_videos": VIDEO["pixel_values_videos"][: LEAST_STEPS * 24]})
+    short["video_grid_thw"] = torch.tensor([[LEAST_STEPS, 4, 6]])
+    image = double(make_media("image", (1, 8, 8), seed=1))
+    marks = torch.zeros_like(text)
+    marks[0, :2] = torch.tensor([1, 2])
+    for media in (short, {**image, **double(VIDEO), "mm_token_type_ids": marks}):
+        outputs = [generate(model, text, **media, video_read_share=share) for share in (0.01, None)]
+        assert torch.equal(*map(logits_of, outputs))
+    shares = {1.0: 2000, 0.5: 1000, 0.401: 802, 0.16: 320, 0.1: 320, 0.0001: 320}
+    assert {share: num_read(2000, 10, share) for share in shares} == shares
 
 
 @pytest.mark.gpu

@@ -13,10 +13,10 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from .changes import VideoChanges, check_pruning, num_kept
+from .excerpts import check_read_share
 from .layers import VambaVideoLayer, VideoStates, resolve_implementation
 from .saving import SavedVideos, load_videos, save_videos
 from .steps import VideoSteps
-from .stretches import check_read_share
 
 
 # What a model and a cache must have in common.

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from ..configuration_vamba import VambaTextConfig
 from .changes import VideoChanges, check_pruning
+from .excerpts import check_read_share
 from .layers import VambaVideoLayer, resolve_implementation
 from .steps import UNKNOWN_TIME, VideoSteps
-from .stretches import check_read_share
 
 
 CACHE_CONFIG_NAME = "cache_config.json"

@@ -10,8 +10,8 @@ from transformers.utils import requires_backends
 from transformers.video_utils import VideoMetadata
 
 from ..cache.changes import check_pruning, num_kept, num_left
+from ..cache.excerpts import check_read_share, num_read
 from ..cache.layers import VambaQuantizedVideoLayer, resolve_implementation
-from ..cache.stretches import STEPS_PER_STRETCH, check_read_share, num_read
 from ..configuration_vamba import VambaConfig, VambaTextConfig
 from ..inputs.media import count_patch_values
 from ..modeling_vamba import VambaForConditionalGeneration
@@ -161,9 +161,12 @@ def forecast_memory(
     if is_quantized:  # one head of one layer is converted to full size
         head = cache_bytes_per_token(text_config, dtype, False) // text_config.num_key_value_heads
         reading += num_tokens * head
-    num_excerpt_tokens = tokens_of_excerpt(config, grid, num_tokens, video_pruning_rate, video_read_share)
+    num_excerpt_tokens = tokens_of_excerpt(config, grid, num_tokens, video_read_share)
     if num_excerpt_tokens:
-        reading = max(reading, choosing_bytes(text_config, num_tokens))
+        copies_keys = is_quantized or dtype != torch.float32
+        choosing = choosing_bytes(text_config, num_tokens, copies_keys)
+        choosing += batch_size * num_text_tokens * 3 * text_config.hidden_size * dtype.itemsize
+        reading = max(reading, choosing)
     answering = cache_on_device + text_cache + reading + video_cache * num_excerpt_tokens // num_tokens
     if offloading:  # the layer that is read is on the device, and the next one
         answering += 2 * video_layer
@@ -214,26 +217,26 @@ def tokens_of_excerpt(
     config: VambaConfig,
     grid: tuple[int, int, int],
     num_tokens: int,
-    video_pruning_rate: float,
     video_read_share: float | None,
 ) -> int:
     """How many tokens of a video of this grid, of which so many are kept, an answer copies to read them alone."""
     if video_read_share is None:
         return 0
     tokens_per_step = grid[1] * grid[2] // config.vision_config.spatial_merge_size**2
-    num_left = num_kept(tokens_per_step, video_pruning_rate)
-    longest = min(num_tokens, STEPS_PER_STRETCH * num_left + tokens_per_step - num_left)  # the first
-    num_tokens_read = num_read(num_tokens, longest, video_read_share)
+    # The first time step is the largest one of a video that is pruned.
+    num_tokens_read = num_read(num_tokens, tokens_per_step, video_read_share)
     return num_tokens_read if num_tokens_read < num_tokens else 0
 
 
-def choosing_bytes(config: VambaTextConfig, num_tokens: int) -> int:
+def choosing_bytes(config: VambaTextConfig, num_tokens: int, copies_keys: bool) -> int:
     """
-    The most that lives at once while a prompt chooses what is read of a video of so many tokens: the scores of some of
-    them, three times.
+    The most that lives at once while a prompt chooses what is read of a video of so many tokens, beside the text: the
+    scores of some of them in float32, and their keys unless these are read as they are.
     """
     num_queries = config.num_attention_heads * TOKENS_WATCHED
-    return 3 * 4 * num_queries * min(num_tokens, SCORES_AT_ONCE // num_queries)
+    head_dim = config.hidden_size // config.num_attention_heads
+    keys = (config.num_key_value_heads or config.num_attention_heads) * head_dim if copies_keys else 0
+    return 4 * (num_queries + keys) * min(num_tokens, SCORES_AT_ONCE // num_queries)
 
 
 def count_steps(config: VambaConfig, segment_frames: int) -> int:

@@ -13,14 +13,14 @@ from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
 from ..cache.cache import VIDEO_OPTIONS, VambaCache
-from ..cache.stretches import check_read_share
+from ..cache.excerpts import check_read_share
 from ..compat import CACHE_NAME, NEWEST_TESTED, OLDEST_TESTED, rename_cache, takes_cache
 from ..inputs.checks import check_prompt_goes_on, check_prompt_repeats, check_tensor, check_text
 from ..inputs.media import Medium, drop_grids_without_pixels, group_media_by_row, pop_media
 from ..layers.vision import SEGMENT_FRAMES
 from .captured_step import plan_step
 from .locate import Reader, VideoReading, watch_steps
-from .read_share import StretchChooser
+from .read_share import StepChooser
 
 
 MAX_ROWS = 2**16  # of a cache that is filled before any text comes: a larger row number is a mistake
@@ -74,7 +74,7 @@ class VambaGenerationMixin(GenerationMixin):
         kwargs = rename_cache(kwargs)
         cache: Any = kwargs.get(CACHE_NAME)
         chooser = getattr(cache, "watcher", None)
-        if isinstance(chooser, StretchChooser) and chooser.has_ended(cache):
+        if isinstance(chooser, StepChooser) and chooser.has_ended(cache):
             cache.watcher = None  # from now on, what it has chosen is read
             if cache.is_compileable and not cache.is_video_offloaded:
                 cache.mark_static_videos()
@@ -165,11 +165,11 @@ class VambaGenerationMixin(GenerationMixin):
             cache.mark_static_videos()
         read_share = cache.video_read_share if read_share is None else read_share
         if read_share is not None:
-            self._choose_stretches(cache, read_share, generation_config, model_kwargs, prompt_length, num_copies)
+            self._choose_steps(cache, read_share, generation_config, model_kwargs, prompt_length, num_copies)
         cache.step_plan = plan_step(self, cache, generation_config, generation_mode, prompt_length, max_cache_length)
         model_kwargs[CACHE_NAME] = cache
 
-    def _choose_stretches(
+    def _choose_steps(
         self, cache: VambaCache, read_share: float, generation_config, model_kwargs: dict, prompt_length, num_copies
     ) -> None:
         """Lets the prompt choose what the answer reads of the videos in the cache."""
@@ -180,7 +180,7 @@ class VambaGenerationMixin(GenerationMixin):
             )
         mask = model_kwargs.get("attention_mask")
         mask = torch.ones(len(cache.rows or ()), prompt_length) if mask is None else mask
-        cache.watcher = StretchChooser(cache, read_share, mask, num_copies)
+        cache.watcher = StepChooser(cache, read_share, mask, num_copies)
 
     def _take_new_media(
         self, model_kwargs: dict, batch_size: int, past_length: int, prompt_length: int | None

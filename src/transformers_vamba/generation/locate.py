@@ -130,14 +130,20 @@ def log_weights_of_steps(
     length = max(1, SCORES_AT_ONCE // (query.shape[0] * query.shape[1]))
     for start in range(0, num_keys, length):
         stop = min(start + length, num_keys)
-        scores = query @ _read_keys(keys, start, stop).transpose(1, 2)
-        largest = scores.amax(-1, keepdim=True)
         first, last = torch.searchsorted(ends, torch.tensor([start, stop - 1]), right=True).tolist()
         places = (bounds[first : last + 2].clamp(start, stop) - start).to(query.device)
-        summed = F.pad((scores - largest).exp().cumsum(-1), (1, 0))[..., places].diff().clamp(min=0)
         steps = sums[..., first : last + 1]
-        torch.logaddexp(steps, summed.log() + largest, out=steps)
+        torch.logaddexp(steps, _log_sums(query, _read_keys(keys, start, stop), places), out=steps)
     return sums.log_softmax(-1)
+
+
+def _log_sums(query: torch.Tensor, keys: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The log-sum-exp of the scores of keys, from each of these places to the next; one tensor of scores at a time."""
+    scores = query @ keys.transpose(1, 2)
+    largest = scores.amax(-1, keepdim=True)
+    summed = scores.sub_(largest).exp_().cumsum_(-1)
+    before = summed[..., (places - 1).clamp(min=0)] * (places > 0)
+    return before.diff().clamp(min=0).log() + largest
 
 
 def _read_keys(keys: VideoStates, start: int, stop: int) -> torch.Tensor:

@@ -4,8 +4,8 @@
 import torch
 
 from ..cache.cache import VambaCache
+from ..cache.excerpts import choose, num_read
 from ..cache.layers import VambaVideoLayer, VideoStates
-from ..cache.stretches import choose, num_read, stretches_of
 from ..layers.decoder import VambaCrossAttention, VideoRead
 from .locate import read_in_layer, videos_by_row
 
@@ -13,7 +13,7 @@ from .locate import read_in_layer, videos_by_row
 TOKENS_WATCHED = 32  # the last ones of a prompt
 
 
-class StretchChooser:
+class StepChooser:
     """
     Watches the prompt read the videos of a cache, and puts what the answer will read of them into `cache.excerpts`:
     one choice for each video and layer, for all rows that read it.
@@ -29,13 +29,13 @@ class StretchChooser:
         is_text = prompt_mask.bool().cpu()
         self._is_watched = is_text & (is_text.flip(1).cumsum(1).flip(1) <= TOKENS_WATCHED)
         self._rows, self._num_copies = list(cache.rows or ()), num_copies
-        self._stretches: dict[int, torch.Tensor] = {}  # by video
+        self._steps: dict[int, torch.Tensor] = {}  # by video
         self._num_tokens: dict[int, int] = {}
         for video in {row for row in self._rows if row is not None}:
-            stretches = stretches_of(cache.steps_of(video))
-            num_tokens = num_read(int(stretches.sum()), int(stretches.max()), video_read_share)
+            steps = cache.steps_of(video).num_tokens
+            num_tokens = num_read(int(steps.sum()), int(steps.max()), video_read_share)
             if num_tokens < cache.video_lengths[video]:
-                self._stretches[video], self._num_tokens[video] = stretches, num_tokens
+                self._steps[video], self._num_tokens[video] = steps, num_tokens
                 cache.excerpts[video] = []
         self._weights: dict[tuple[int, int], torch.Tensor] = {}  # by layer and row
 
@@ -52,17 +52,17 @@ class StretchChooser:
         videos = dict(zip(self._rows, videos_by_row(hidden_states, reads)))
         for row in range(0, len(self._rows), self._num_copies):
             video = self._rows[row]
-            if video is None or video not in self._stretches:
+            if video is None or video not in self._steps:
                 continue
-            stretches = self._stretches[video]
-            weights = self._weights.setdefault((layer.layer_idx, row), torch.zeros(len(stretches)))
+            steps = self._steps[video]
+            weights = self._weights.setdefault((layer.layer_idx, row), torch.zeros(len(steps)))
             if is_watched[row].any():
                 # A pass may bring more than the prompt, such as candidates for the tokens after it.
                 texts = hidden_states[row, : is_watched.shape[1]][is_watched[row].to(hidden_states.device)]
-                for log_weights in read_in_layer(layer, texts, videos[video][0], stretches):
+                for log_weights in read_in_layer(layer, texts, videos[video][0], steps):
                     weights += log_weights.exp().sum((0, 1)).cpu()
         if stop >= self._is_watched.shape[1]:
-            for video in self._stretches:
+            for video in self._steps:
                 cache.excerpts[video].append(self._excerpt(cache, layer.layer_idx, video, videos[video]))
 
     def _excerpt(
@@ -72,5 +72,5 @@ class StretchChooser:
         rows = [row for row in range(0, len(self._rows), self._num_copies) if self._rows[row] == video]
         weights = [self._weights.pop((layer_idx, row)) for row in rows]
         weights = torch.stack([each / each.sum().clamp(min=1e-6) for each in weights]).amax(0)
-        indices = choose(weights, self._stretches[video], self._num_tokens[video])
+        indices = choose(weights, self._steps[video], self._num_tokens[video])
         return cache.videos[video][layer_idx].excerpt(states, indices)
