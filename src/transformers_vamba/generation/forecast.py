@@ -167,9 +167,10 @@ def forecast_memory(
         choosing = choosing_bytes(text_config, num_tokens, copies_keys)
         choosing += batch_size * num_text_tokens * 3 * text_config.hidden_size * dtype.itemsize
         reading = max(reading, choosing)
-    answering = cache_on_device + text_cache + reading + video_cache * num_excerpt_tokens // num_tokens
-    if offloading:  # the layer that is read is on the device, and the next one
-        answering += 2 * video_layer
+    copied = video_layer * num_excerpt_tokens // num_tokens
+    answering = cache_on_device + text_cache + reading + text_config.num_hidden_layers * copied
+    if offloading:  # the layer that is read is on the device, and the next one, before the last one is copied
+        answering += 2 * video_layer - copied
     return VambaForecast(
         num_frames=num_frames,
         video_grid_thw=grid,
