@@ -7,22 +7,34 @@ The videos are those of `evaluate_pruning.py`, in which nothing else moves: one 
 videos with all of their questions, where an answer counts if it is exact. These are asked one by one (exact), and all
 about a video at once (at once), which then share one choice of what is read.
 
+At least 32 time steps, of two frames each, are read of every video (`LEAST_STEPS`). To see where reading less begins
+to hurt, the last columns do without: so many time steps are read, whatever the length.
+
 `read_share.md`, `.json` and `.png` have the right answers by question, length and share.
 """
 
 import argparse
+import itertools
 import json
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from ask_video import TINY_MODEL, load
 from evaluate_pruning import gather, is_answer, segments_of, tell
 
+from transformers_vamba.cache import excerpts
+
 
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.05)
+STEPS = (16, 8, 4, 2)
+# The name of each column, the share, and how many time steps are read at least.
+WAYS = [(f"{share:.0%}", share, excerpts.LEAST_STEPS) for share in SHARES]
+WAYS += [(f"{steps} steps", 1e-9, steps) for steps in STEPS]
+COLUMNS = [name for name, *_ in WAYS]
 ASKED = {"needle": ("needle",), "order": ("order",), "exact": ("exact", "at once")}  # about the videos of each kind
 ORDER = [asked for each in ASKED.values() for asked in each]
 
@@ -51,23 +63,23 @@ def measure(task: tuple[str, int, int]) -> list[dict]:
     for segment in segments_of(processor, video, "still", num_frames):
         cache = model.encode_video(**segment, cache=cache)
     rows = []
-    for share in SHARES:
-        for asked in ASKED[kind]:
-            groups = [list(texts)] if asked == "at once" else [[text] for text in texts]
+    for (name, share, least), asked in itertools.product(WAYS, ASKED[kind]):
+        groups = [list(texts)] if asked == "at once" else [[text] for text in texts]
+        with patch.object(excerpts, "LEAST_STEPS", least):
             replies = [reply for group in groups for reply in answer(cache, group, share)]
-            right = sum(is_answer(kind, video, reply, each) for reply, each in zip(replies, expected))
-            row = {"kind": asked, "frames": num_frames, "share": share}
-            rows.append(row | {"right": right, "questions": len(questions)})
+        right = sum(is_answer(kind, video, reply, each) for reply, each in zip(replies, expected))
+        row = {"kind": asked, "frames": num_frames, "read": name}
+        rows.append(row | {"right": right, "questions": len(questions)})
     return rows
 
 
 def write_table(path: Path, results: dict) -> None:
     """Markdown: questions and lengths by shares."""
-    lines = ["| question | frames | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |"]
-    lines.append("| --- " * (2 + len(SHARES)) + "|")
-    recall = {(row["kind"], row["frames"], row["share"]): row["right"] / row["questions"] for row in results["rows"]}
+    lines = ["| question | frames | " + " | ".join(COLUMNS) + " |"]
+    lines.append("| --- " * (2 + len(COLUMNS)) + "|")
+    recall = {(row["kind"], row["frames"], row["read"]): row["right"] / row["questions"] for row in results["rows"]}
     for kind, frames in sorted({key[:2] for key in recall}, key=lambda key: (ORDER.index(key[0]), key[1])):
-        cells = [f"{100 * recall[kind, frames, share]:.0f}" for share in SHARES]
+        cells = [f"{100 * recall[kind, frames, column]:.0f}" for column in COLUMNS]
         lines.append(f"| {kind} | {frames:,} | " + " | ".join(cells) + " |")
     path.write_text("\n".join(lines) + "\n")
 
@@ -85,17 +97,18 @@ def draw(path: Path, results: dict) -> None:
     rows = results["rows"]
     kinds = [kind for kind in ORDER if any(row["kind"] == kind for row in rows)]
     lengths = sorted({row["frames"] for row in rows})
-    figure, axes = plt.subplots(1, len(kinds), figsize=(3 * len(kinds), 2.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(kinds), figsize=(4.2 * len(kinds), 2.6), layout="constrained", squeeze=False)
     for axis, kind in zip(axes[0], kinds):
-        recall = np.full((len(lengths), len(SHARES)), np.nan)
+        recall = np.full((len(lengths), len(COLUMNS)), np.nan)
         for row in rows:
             if row["kind"] == kind:
-                recall[lengths.index(row["frames"]), SHARES.index(row["share"])] = row["right"] / row["questions"]
+                recall[lengths.index(row["frames"]), COLUMNS.index(row["read"])] = row["right"] / row["questions"]
         axis.imshow(recall, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
         for (y, x), value in np.ndenumerate(recall):
             axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
-        axis.set_xticks(range(len(SHARES)), [f"{share:.0%}" for share in SHARES], fontsize=8)
+        axis.set_xticks(range(len(COLUMNS)), [name.replace(" ", "\n") for name in COLUMNS], fontsize=8)
         axis.set_yticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8)
+        axis.axvline(len(SHARES) - 0.5, color="black", linewidth=1)
         axis.set_title(kind, fontsize=9)
         axis.set_xlabel("of the video read for each token", fontsize=8)
     axes[0, 0].set_ylabel("frames", fontsize=8)
@@ -126,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     with ProcessPoolExecutor(args.processes, get_context("spawn"), prepare, (args.model,)) as pool:
         rows = [row for each in pool.map(measure, tasks) for row in each]
     results = {"model": Path(args.model).name, "samples": args.samples}
-    results["rows"] = gather(rows, ("kind", "frames", "share"))
+    results["rows"] = gather(rows, ("kind", "frames", "read"))
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "read_share.json").write_text(json.dumps(results, indent=1) + "\n")
     write_table(args.output / "read_share.md", results)
