@@ -83,7 +83,7 @@ logger = logging.get_logger(__name__)
 
 class VambaPreTrainedModel(CheckpointingMixin, Qwen2VLPreTrainedModel):
     config: VambaConfig
-    _no_split_modules = ["VambaDecoderLayer", "Qwen2VLVisionBlock"]
+    _no_split_modules = ["VambaDecoderLayer", "VambaVisionBlock"]
     _skip_keys_device_placement = list(CACHE_NAMES)
 
     def set_sequence_parallel_group(self, group: ProcessGroup | None) -> None:

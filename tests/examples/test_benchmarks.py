@@ -240,3 +240,22 @@ def test_serving_has_its_figures(tmp_path, capsys):
     ]
     assert all(row["requests_s"] > 0 for row in rows) and all(row["first_token_s"] > 0 for row in rows[:3])
     assert (tmp_path / "serving.md").read_text() in capsys.readouterr().out
+
+
+def test_encoding_has_its_figures(tmp_path, capsys):
+    encoding = pytest.importorskip("encoding", exc_type=ImportError)  # without torchao
+    encoding.main(["--frames", "4,8", "--runs", "1", "--profile", "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "encoding.json").read_text())["rows"]
+    assert [(row["weights"], row["frames"]) for row in rows] == [
+        ("bfloat16", 4),
+        ("bfloat16", 8),
+        ("int8", 4),
+        ("int8", 8),
+    ]
+    assert all(row["encode_s"] > 0 for row in rows)
+    printed = capsys.readouterr().out
+    assert (tmp_path / "encoding.md").read_text() in printed
+    assert (
+        "aten::_int_mm" in printed.split("Encoding 4 frames")[2]
+        and "aten::_int_mm" not in printed.split("Encoding 4 frames")[1]
+    )

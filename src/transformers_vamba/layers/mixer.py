@@ -12,7 +12,9 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from ..configuration_vamba import VambaTextConfig
+from ..ops.branch import can_fuse_branch, close_branch, has_hooks, open_branch
 from ..ops.convolution import convolve
+from ..ops.float8 import Rows, apply_linear, round_gated_norm, round_rows, takes_rows
 from ..ops.gated_norm import can_normalize, gated_rms_norm
 from ..ops.scan import choose_implementation, max_tokens, scan
 from ..ops.state import MambaState
@@ -85,21 +87,30 @@ class VambaMixer(nn.Module):
         return max_tokens(name, self.num_heads, *sizes, self.in_proj.out_features)
 
     def forward(
-        self, hidden_states: torch.Tensor, lengths: list[int], state: MambaState | None = None
+        self,
+        hidden_states: torch.Tensor | Rows,
+        lengths: list[int],
+        state: MambaState | None = None,
+        total: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, MambaState]:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(1, num_tokens, hidden_size)`):
+            hidden_states (`torch.Tensor` of shape `(1, num_tokens, hidden_size)`, or [`Rows`] like it):
                 The tokens of one or several sequences, one after another; at most `max_tokens` of them.
             lengths (`list[int]`): Length of each sequence; together `num_tokens`.
             state ([`MambaState`], *optional*): Where the first sequence left off, if it has begun before.
+            total (`torch.Tensor` of shape `(1, num_tokens, hidden_size)`, *optional*):
+                What the mixed tokens are added to, see [`ops.branch`].
 
         Returns:
             `tuple[torch.Tensor, MambaState]`: The mixed tokens, of the same shape, and the state after the last one.
         """
         gate, conv_inputs, dt = self._project(hidden_states)
         outputs, state = self._scan(conv_inputs, dt, state, lengths)
-        return self.out_proj(self.norm(outputs, gate)), state
+        if self.n_groups == 1 and takes_rows(self.out_proj, outputs, self.norm):
+            return apply_linear(self.out_proj, round_gated_norm(outputs, gate, self.norm)), state
+        outputs = self.norm(outputs, gate)
+        return self.out_proj(outputs) if total is None else close_branch(total, outputs, self.out_proj), state
 
     def conv_inputs(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The inputs of the convolution, `(1, num_tokens, conv_dim)`, of `(1, num_tokens, hidden_size)`."""
@@ -118,9 +129,10 @@ class VambaMixer(nn.Module):
         time = nn.functional.softplus(dt.float() + self.dt_bias.float()).sum(dim=(0, 1))
         return state, -torch.exp(self.A_log.float()) * time
 
-    def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _project(self, hidden_states: torch.Tensor | Rows) -> tuple[torch.Tensor, ...]:
         """The gate, the inputs of the convolution, and the time steps before their bias."""
-        return self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        projected = apply_linear(self.in_proj, hidden_states)
+        return projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
 
     @force_accelerate_hooks(["conv1d"])  # its weight is read past its forward
     def _scan(
@@ -214,7 +226,14 @@ class VambaVisionMixer(nn.Module):
 
     def _mix(self, lengths: list[int], residual: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The tokens of a stretch and the two tensors of the state after it."""
-        hidden_states, last_state = self.mixer(self.norm(residual), lengths, MambaState(*state) if state else None)
+        first_state = MambaState(*state) if state else None
+        if can_fuse_branch(residual, self.mixer, self.norm, self.mixer.out_proj):
+            normed, total = open_branch(residual, self.norm, self.mixer.out_proj)
+            hidden_states, last_state = self.mixer(normed, lengths, first_state, total)
+            return hidden_states, *last_state
+        is_rounded = not has_hooks(self.mixer) and takes_rows(self.mixer.in_proj, residual, self.norm)
+        normed = round_rows(residual, self.norm) if is_rounded else self.norm(residual)
+        hidden_states, last_state = self.mixer(normed, lengths, first_state)
         return residual + hidden_states, *last_state
 
 
