@@ -221,7 +221,7 @@ def prepare(args) -> tuple[dict, dict, dict]:
     sampling = {name: encoding.pop(name, None) for name in ("num_frames", "fps", "size")}
     sampling = {name: value for name, value in sampling.items() if value is not None}
     check_sampling(processor, segment_frames=encoding["segment_frames"], **sampling)
-    kept = {name: encoding[name] for name in ("video_pruning_rate", "max_video_tokens")}
+    kept = {name: encoding[name] for name in ("video_pruning_rate", "max_video_tokens", "video_read_share")}
     VambaCache(VambaConfig.from_pretrained(model), video_cache_implementation=encoding["video_cache"], **kept)
     settings = {"model": identify(model), "weight_bits": args.weight_bits, "max_new_tokens": args.max_new_tokens}
     settings |= sampling | kept | {"video_cache": encoding["video_cache"]}

@@ -48,6 +48,7 @@ def encode(
     segment_frames=64,
     video_pruning_rate=None,
     max_video_tokens=None,
+    video_read_share=None,
     **sampling,
 ):
     """
@@ -64,6 +65,7 @@ def encode(
             video_cache_implementation=video_cache,
             video_pruning_rate=video_pruning_rate,
             max_video_tokens=max_video_tokens,
+            video_read_share=video_read_share,
         )
     return cache
 
@@ -159,6 +161,7 @@ def add_model_arguments(parser):
     parser.add_argument("--video-cache", choices=VIDEO_CACHES, help="8 bits, or the host's memory, or both")
     parser.add_argument("--pruning-rate", type=float, default=0.0, help="share of the video's tokens to drop")
     parser.add_argument("--max-video-tokens", type=int, help="the most tokens to keep of the video")
+    parser.add_argument("--read-share", type=float, help="share of the video to read for each token of an answer")
     parser.add_argument("--weight-bits", type=int, choices=WEIGHT_BITS, help="quantize the weights")
 
 
@@ -166,7 +169,7 @@ def encoding_options(args, processor):
     """Arguments of [`encode`] from those of the command line."""
     options = {"num_frames": args.num_frames, "fps": args.fps, "segment_frames": args.segment_frames}
     options |= {"video_cache": args.video_cache, "video_pruning_rate": args.pruning_rate}
-    options["max_video_tokens"] = args.max_video_tokens
+    options |= {"max_video_tokens": args.max_video_tokens, "video_read_share": args.read_share}
     if args.longest_edge is not None:
         options["size"] = frame_size(processor, args.longest_edge)
     return options

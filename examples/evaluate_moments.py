@@ -147,7 +147,8 @@ def compare(model, cache, tokens: torch.Tensor, is_answer: torch.Tensor) -> dict
     predicts[:, -1] = False
     videos = cache.fork()
     ways = Ways([cache.steps_of(0)])
-    with torch.no_grad(), locate.watching(model.model.language_model.layers, ways.receive, ways.steps, predicts):
+    videos.watcher = locate.watch_steps(ways.receive, ways.steps, predicts)
+    with torch.no_grad():
         model.model(input_ids=tokens, cache=videos, use_cache=False)
     return ways.compared()
 

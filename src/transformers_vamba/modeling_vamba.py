@@ -584,7 +584,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin):
         ```"""
         others = (inputs_embeds, labels, pixel_values, pixel_values_videos, mm_token_type_ids, *kwargs.values())
         plan = getattr(cache, "step_plan", None)
-        if plan is not None and plan.takes(input_ids, others):
+        if plan is not None and plan.takes(cache, input_ids, others):
             logits = plan.run(cache, input_ids, position_ids, attention_mask)
             return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache})
         outputs = self.model(

@@ -161,6 +161,17 @@ def test_decoding(tmp_path, capsys):
     assert (tmp_path / "decoding.md").read_text() in capsys.readouterr().out
 
 
+def test_decoding_with_shares(tmp_path, capsys):
+    options = ["--device", "cpu", "--frames", "80", "--shares", "1,0.25", "--repeats", "1", "--output", str(tmp_path)]
+    decoding.main(options)
+    rows = json.loads((tmp_path / "read_share.json").read_text())["rows"]
+    caches, shares = ("dynamic", "offloaded_quantized"), (1, 0.25)
+    measured = [(row["video_cache"], row["video_read_share"]) for row in rows]
+    assert measured == [(cache, share) for cache in caches for share in shares]
+    assert all(row[name] > 0 for row in rows for name in ("first_token_s", "further_s", "token_s"))
+    assert (tmp_path / "read_share.md").read_text() in capsys.readouterr().out
+
+
 def test_cold_start(tmp_path, capsys, monkeypatch):
     caches = []
 

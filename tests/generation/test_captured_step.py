@@ -25,7 +25,7 @@ NUM_NEW_TOKENS = 12
 @pytest.fixture(params=("cpu", pytest.param("cuda", marks=pytest.mark.gpu)))
 def device(request, monkeypatch):
     if request.param == "cpu":
-        monkeypatch.setattr(captured_step, "can_capture", lambda model, cache: not cache.is_video_offloaded)
+        monkeypatch.setattr(captured_step, "can_capture", lambda model, cache: not cache.reads_from_host)
         monkeypatch.setattr(CapturedStep, "_record", record_on_the_cpu)
     monkeypatch.setattr(captured_step, "_idle_steps", type(captured_step._idle_steps)())
     return request.param
@@ -111,6 +111,28 @@ def test_the_same_shape_is_recorded_once(device, num_recorded):
     assert num_recorded() == 3
     assert len(captured_step._idle_steps[model]) <= captured_step.MAX_IDLE_STEPS
     assert all(step.is_idle for step in captured_step._idle_steps[model])
+
+
+@pytest.mark.parametrize("mode", ({}, {"num_beams": 3}, {"prefill_chunk_size": 1}), ids=("greedy", "beams", "chunks"))
+@pytest.mark.parametrize("implementation", ("dynamic", "quantized", "offloaded", "offloaded_quantized"))
+def test_a_share_of_the_video(device, num_recorded, implementation, mode):
+    """From the host's memory too: the share is on the device."""
+    model = tiny_model().to(device)
+    videos = to(device, make_media("video", (50, 4, 6), (40, 4, 6)))
+    options = {"video_cache_implementation": implementation, "video_read_share": 0.3}
+    options["video_sample_ids"] = torch.tensor([0, 1], device=device)
+    cache = model.encode_video(**videos, **options)
+    for seed in range(3):  # each chooses for itself, and reads what it has chosen
+        text = make_text(2, length=20, seed=seed)
+        expected = generate(model, text, disable_compile=True, cache=cache.fork(), **mode)
+        assert torch.equal(generate(model, text, cache=cache.fork(), **mode), expected)
+        assert 1 <= num_recorded() <= seed + 1  # anew, unless the share lies where that of the question before lay
+
+
+def test_a_share_that_is_all_of_a_video_in_host_memory(device, num_recorded):
+    model = tiny_model().to(device)
+    generate(model, make_text(), **to(device, VIDEO), video_cache_implementation="offloaded", video_read_share=0.3)
+    assert num_recorded() == 0
 
 
 def test_steps_go_with_their_model(device):

@@ -182,6 +182,8 @@ def small_model() -> VambaForConditionalGeneration:
         (4, {"video_pruning_rate": 0.75}),
         (6, {"max_video_tokens": 1000}),
         (6, {"video_pruning_rate": 0.5, "max_video_tokens": 1000}),
+        (6, {"video_read_share": 0.25}),
+        (6, {"video_pruning_rate": 0.5, "video_read_share": 0.1}),
     ),
     ids=str,
 )
@@ -242,6 +244,7 @@ def test_errors(processor, video_file, tmp_path):
         ("weight_bits", 3, "must be 4 or 8, got 3"),
         ("video_pruning_rate", 1, "at least 0 and below 1, got 1"),
         ("max_video_tokens", 0, "at least 1, or None for all, got 0"),
+        ("video_read_share", 0, "above 0 and at most 1, or None for all, got 0"),
         ("segment_frames", 0, "at least 1, got 0"),
         ("batch_size", 1.5, "at least 1, got 1.5"),
     ):

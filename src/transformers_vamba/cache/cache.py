@@ -4,7 +4,7 @@
 import copy
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from .changes import VideoChanges, check_pruning, num_kept
+from .excerpts import check_read_share
 from .layers import VambaVideoLayer, VideoStates, resolve_implementation
 from .saving import SavedVideos, load_videos, save_videos
 from .steps import VideoSteps
@@ -30,8 +31,8 @@ _FIELDS_THAT_FIT = (
     "mamba_d_head",
     "mamba_n_groups",
 )
-# The arguments of a [`VambaCache`] that say how it keeps videos.
-VIDEO_OPTIONS = ("video_cache_implementation", "video_pruning_rate", "max_video_tokens")
+# The arguments of a [`VambaCache`] that say how it keeps videos, and how much of them is read.
+VIDEO_OPTIONS = ("video_cache_implementation", "video_pruning_rate", "max_video_tokens", "video_read_share")
 
 
 class VambaCache(Cache):
@@ -60,6 +61,9 @@ class VambaCache(Cache):
             The most tokens that are kept of each video; by default all. When a video is over it, an eighth becomes
             free: its newest tokens stay, and of those that are older the ones that changed most. The mixers go on as
             if nothing had been dropped.
+        video_read_share (`float`, *optional*):
+            The share of each video, above 0 and at most 1, that `generate` reads for each token of an answer; by
+            default all. The prompt reads all, and what it has read most, layer by layer, is what the answer reads.
 
     Attributes:
         is_video_offloaded (`bool`): Whether the videos are kept in the host's memory.
@@ -74,6 +78,11 @@ class VambaCache(Cache):
         text_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             The text that `generate` has read and written last, of which the cache holds the beginning.
         is_read (`bool`): Whether a layer has read the videos since this was last set to `False`.
+        watcher (`Callable`, *optional*):
+            Called with the cache, a layer's cross-attention and its inputs before that reads the videos.
+        excerpts (`dict[int, list[VambaVideoLayer]]`):
+            By index in `videos`: what the answer reads of a video, layer by layer, while `generate` runs. Read it with
+            `layers_to_read`.
     """
 
     def __init__(
@@ -83,10 +92,13 @@ class VambaCache(Cache):
         video_cache_implementation: str | None = None,
         video_pruning_rate: float | None = None,
         max_video_tokens: int | None = None,
+        video_read_share: float | None = None,
     ):
         self.video_pruning_rate = 0.0 if video_pruning_rate is None else video_pruning_rate
         self.max_video_tokens = max_video_tokens
         check_pruning(self.video_pruning_rate, max_video_tokens)
+        self.video_read_share = video_read_share
+        check_read_share(video_read_share)
         self.video_cache_implementation = video_cache_implementation or "dynamic"
         self._video_layer_class, self.is_video_offloaded = resolve_implementation(self.video_cache_implementation)
         text_config = config.get_text_config(decoder=True)
@@ -105,6 +117,8 @@ class VambaCache(Cache):
         self.changes: dict[int, VideoChanges] = {}
         self.rows: list[int | None] | None = None
         self.is_read = False
+        self.watcher: Callable | None = None
+        self.excerpts: dict[int, list[VambaVideoLayer]] = {}
         self.step_plan: Any = None  # of the generation that is running, see `generation.captured_step`
         self._row_marks: dict[tuple, torch.Tensor] = {}
         self.text_ids: torch.Tensor | None = None
@@ -145,8 +159,9 @@ class VambaCache(Cache):
             return self.step_plan.step.num_tokens
         return super().get_seq_length(layer_idx)
 
-    def finish_step(self) -> None:
-        """Ends a captured step, if there is one: the cache has all its text again."""
+    def finish_generation(self) -> None:
+        """Lets go of what `generate` needs while it runs. After a captured step the cache has all its text again."""
+        self.watcher, self.excerpts = None, {}
         if self.step_plan is not None:
             self.step_plan.finish(self)
             self.step_plan = None
@@ -246,11 +261,24 @@ class VambaCache(Cache):
         are offloaded, this also starts copying the next layer's.
         """
         self.is_read = True
-        is_read = [video in rows for video in range(len(self.videos))]
-        states = [video[layer_idx].read() if read else None for video, read in zip(self.videos, is_read)]
-        for video in itertools.compress(self.videos, is_read):
-            video[(layer_idx + 1) % len(video)].prefetch()
+        videos = [self.layers_to_read(video) if video in rows else None for video in range(len(self.videos))]
+        states = [None if layers is None else layers[layer_idx].read() for layers in videos]
+        is_last = layer_idx == self.config.num_hidden_layers - 1
+        if not is_last or self.watcher is None:  # while it watches, nothing may read the first layer again
+            for layers in videos:
+                if layers is not None:
+                    layers[(layer_idx + 1) % len(layers)].prefetch()
         return states
+
+    def layers_to_read(self, video: int) -> list[VambaVideoLayer]:
+        """What is read of a video, by index in `videos`: all of it, or after the prompt an excerpt if there is one."""
+        return self.videos[video] if self.watcher is not None else self.excerpts.get(video, self.videos[video])
+
+    @property
+    def reads_from_host(self) -> bool:
+        """Whether the tokens of an answer read a video from the host's memory."""
+        has_excerpts = self.excerpts and {*(self.rows or ())} - {None} <= self.excerpts.keys()
+        return self.is_video_offloaded and not has_excerpts
 
     def resolve_rows(self, batch_size: int) -> list[int | None]:
         """
@@ -276,7 +304,7 @@ class VambaCache(Cache):
 
     def mark_static_videos(self) -> None:
         """Tells `torch.compile` that the videos stay where they are: CUDA graphs then read them in place."""
-        for layer in itertools.chain(*self.videos):
+        for layer in itertools.chain(*self.videos, *self.excerpts.values()):
             for tensor in layer.state_dict().values():
                 torch._dynamo.mark_static_address(tensor, guard=False)
 
@@ -353,7 +381,7 @@ class VambaCache(Cache):
         fork.videos = [[layer.fork() for layer in video] for video in self.videos]
         fork.steps, fork.changes = dict(self.steps), dict(self.changes)
         fork.rows = None if self.rows is None else list(self.rows)
-        fork.step_plan = None
+        fork.step_plan, fork.watcher, fork.excerpts = None, None, {}
         return fork
 
     def to(self, device: torch.device | str | None) -> "VambaCache":

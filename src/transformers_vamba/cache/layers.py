@@ -124,6 +124,17 @@ class VambaVideoLayer:
         fork._storage = self._storage.fork()
         return fork
 
+    def excerpt(self, states: tuple[VideoStates, VideoStates], indices: torch.Tensor) -> "VambaVideoLayer":
+        """Some of the tokens in memory of their own, on the device, to be read alone. `states` is what `read` gave."""
+        excerpt = type(self)()
+        for name in self.other_tensors:
+            setattr(excerpt, name, getattr(self, name))
+        tensors = [tensor for each in states for tensor in (each[:2] if isinstance(each, QuantizedStates) else [each])]
+        device = tensors[0].device
+        indices = indices.to(device)
+        excerpt._storage.load(tuple(tensor.index_select(2, indices) for tensor in tensors), device)
+        return excerpt
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All tensors by name, as they are kept."""
         tensors = dict(zip(self.token_tensors, self._storage.save()))

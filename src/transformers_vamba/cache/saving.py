@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from ..configuration_vamba import VambaTextConfig
 from .changes import VideoChanges, check_pruning
+from .excerpts import check_read_share
 from .layers import VambaVideoLayer, resolve_implementation
 from .steps import UNKNOWN_TIME, VideoSteps
 
@@ -38,6 +39,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 LATER_FIELDS: dict[str, tuple[type | tuple[type, ...], Any]] = {
     "video_pruning_rate": ((int, float), 0.0),
     "max_video_tokens": ((int, type(None)), None),
+    "video_read_share": ((int, float, type(None)), None),
     "grid_sizes": (list, []),
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -151,7 +153,7 @@ def load_videos(
     lengths = [layers[0].get_seq_length() for layers in videos]
     steps = load_steps(folder / STEPS_NAME, content.get("cache_id"), lengths)
     changes = load_changes(folder / CHANGES_NAME, content, config, lengths, device)
-    options = {name: content[name] for name in ("video_pruning_rate", "max_video_tokens")}
+    options = {name: content[name] for name in ("video_pruning_rate", "max_video_tokens", "video_read_share")}
     options["video_cache_implementation"] = implementation
     return config, SavedVideos(videos, steps, changes, content["rows"], options)
 
@@ -237,6 +239,7 @@ def read_cache_config(path: Path) -> dict:
             raise damaged(path, f"has a grid size {size!r}")
     try:
         check_pruning(content["video_pruning_rate"], content["max_video_tokens"])
+        check_read_share(content["video_read_share"])
         resolve_implementation(content["video_cache_implementation"])
     except ValueError as error:
         raise damaged(path, f"is of another version ({error})") from error

@@ -58,9 +58,9 @@ class StepPlan:
         self._finalizer: weakref.finalize | None = None
         self.step: CapturedStep | None = None
 
-    def takes(self, input_ids: torch.Tensor | None, others: Iterable) -> bool:
-        """Whether these arguments of `forward` are one token per row, and nothing besides."""
-        is_one_token = input_ids is not None and input_ids.shape[1] == 1
+    def takes(self, cache: VambaCache, input_ids: torch.Tensor | None, others: Iterable) -> bool:
+        """Whether these arguments of `forward` are one token per row, and nothing besides, and nobody watches."""
+        is_one_token = input_ids is not None and input_ids.shape[1] == 1 and cache.watcher is None
         return is_one_token and all(other is None or other is False for other in others)
 
     def run(
@@ -223,7 +223,9 @@ def borrow_step(model: PreTrainedModel, cache: VambaCache, length: int, batch_si
 
 def _addresses(model: PreTrainedModel, cache: VambaCache) -> tuple:
     """What a graph has noted of the world outside it, and must find again: where its inputs lie, and the settings."""
-    videos = (tensor for layer in itertools.chain(*cache.videos) for tensor in layer.state_dict().values())
+    read = sorted({*(cache.rows or ())} - {None})
+    layers = itertools.chain.from_iterable(cache.layers_to_read(video) for video in read)
+    videos = (tensor for layer in layers for tensor in layer.state_dict().values())
     adapters = tuple(
         (id(module), str(module.active_adapters), str(module.merged_adapters), module.disable_adapters)
         for module in model.modules()
@@ -280,7 +282,7 @@ def plan_step(
 
 def can_capture(model: PreTrainedModel, cache: VambaCache) -> bool:
     """Whether nothing of the model or the cache has to be done by the host in each step."""
-    if model.device.type != "cuda" or model.training or is_distributed() or cache.is_video_offloaded:
+    if model.device.type != "cuda" or model.training or is_distributed() or cache.reads_from_host:
         return False
     if model.config.text_config._attn_implementation != "sdpa":
         return False

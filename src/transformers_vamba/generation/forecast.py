@@ -10,6 +10,7 @@ from transformers.utils import requires_backends
 from transformers.video_utils import VideoMetadata
 
 from ..cache.changes import check_pruning, num_kept, num_left
+from ..cache.excerpts import check_read_share, num_read
 from ..cache.layers import VambaQuantizedVideoLayer, resolve_implementation
 from ..configuration_vamba import VambaConfig, VambaTextConfig
 from ..inputs.media import count_patch_values
@@ -19,6 +20,8 @@ from ..video.patches import whole_patches
 from ..video.reading import check_video, normalize_video, open_frames
 from ..video.sources import describe_source, is_file
 from ..video_processing_vamba import VambaVideoProcessor
+from .locate import SCORES_AT_ONCE
+from .read_share import TOKENS_WATCHED
 
 
 # What a measured peak has above the tensors that are counted here: the workspace of cuBLAS and of the attention
@@ -84,6 +87,7 @@ def forecast_memory(
     video_cache_implementation: str | None = None,
     video_pruning_rate: float = 0.0,
     max_video_tokens: int | None = None,
+    video_read_share: float | None = None,
     dtype: torch.dtype | None = None,
     weight_bits: int | None = None,
     batch_size: int = 1,
@@ -107,7 +111,8 @@ def forecast_memory(
             How many frames to sample, or how many per second. By default as the video processor is set.
         segment_frames (`int`, *optional*, defaults to 64): Frames that are encoded at a time.
         video_cache_implementation (`str`, *optional*), video_pruning_rate (`float`, *optional*), max_video_tokens \
-        (`int`, *optional*): How the video is kept, and how much of it, see [`VambaCache`].
+        (`int`, *optional*), video_read_share (`float`, *optional*): How the video is kept, how much of it, and how
+            much is read for each token of an answer, see [`VambaCache`].
         dtype (`torch.dtype`, *optional*):
             Of weights and activations. By default the model's, or that of the configuration, or bfloat16.
         weight_bits (`int`, *optional*):
@@ -127,6 +132,7 @@ def forecast_memory(
         raise TypeError(f"`model` must be a VambaConfig or a Vamba model, got {type(model).__name__}.")
     layer_class, offloading = resolve_implementation(video_cache_implementation or "dynamic")
     check_pruning(video_pruning_rate, max_video_tokens)
+    check_read_share(video_read_share)
     if weight_bits not in (None, 4, 8):
         raise ValueError(f"`weight_bits` must be 4 or 8, got {weight_bits!r}.")
     for name, value in (("segment_frames", segment_frames), ("batch_size", batch_size)):
@@ -151,13 +157,20 @@ def forecast_memory(
     encoding = encoding_bytes(config, dtype, grid, segment_frames, cache_on_device, max(kept))
     encoding = max(encoding, thinning + mixer_state_bytes(text_config, dtype))
 
-    answering = cache_on_device + text_cache
-    answering += batch_size * num_text_tokens * text_bytes_per_token(text_config, dtype)
-    if offloading:  # the layer that is read is on the device, and the next one
-        answering += 2 * video_layer
+    reading = batch_size * num_text_tokens * text_bytes_per_token(text_config, dtype)
     if is_quantized:  # one head of one layer is converted to full size
         head = cache_bytes_per_token(text_config, dtype, False) // text_config.num_key_value_heads
-        answering += num_tokens * head
+        reading += num_tokens * head
+    num_excerpt_tokens = tokens_of_excerpt(config, grid, num_tokens, video_read_share)
+    if num_excerpt_tokens:
+        copies_keys = is_quantized or dtype != torch.float32
+        choosing = choosing_bytes(text_config, num_tokens, copies_keys)
+        choosing += batch_size * num_text_tokens * 3 * text_config.hidden_size * dtype.itemsize
+        reading = max(reading, choosing)
+    copied = video_layer * num_excerpt_tokens // num_tokens
+    answering = cache_on_device + text_cache + reading + text_config.num_hidden_layers * copied
+    if offloading:  # the layer that is read is on the device, and the next one, before the last one is copied
+        answering += 2 * video_layer - copied
     return VambaForecast(
         num_frames=num_frames,
         video_grid_thw=grid,
@@ -199,6 +212,32 @@ def tokens_held(kept: list[int], max_video_tokens: int | None) -> tuple[int, int
         if num_tokens > max_video_tokens:
             num_tokens = num_left(max_video_tokens)
     return num_tokens, min(sum(kept), max_video_tokens + max(kept)), True
+
+
+def tokens_of_excerpt(
+    config: VambaConfig,
+    grid: tuple[int, int, int],
+    num_tokens: int,
+    video_read_share: float | None,
+) -> int:
+    """How many tokens of a video of this grid, of which so many are kept, an answer copies to read them alone."""
+    if video_read_share is None:
+        return 0
+    tokens_per_step = grid[1] * grid[2] // config.vision_config.spatial_merge_size**2
+    # The first time step is the largest one of a video that is pruned.
+    num_tokens_read = num_read(num_tokens, tokens_per_step, video_read_share)
+    return num_tokens_read if num_tokens_read < num_tokens else 0
+
+
+def choosing_bytes(config: VambaTextConfig, num_tokens: int, copies_keys: bool) -> int:
+    """
+    The most that lives at once while a prompt chooses what is read of a video of so many tokens, beside the text: the
+    scores of some of them in float32, and their keys unless these are read as they are.
+    """
+    num_queries = config.num_attention_heads * TOKENS_WATCHED
+    head_dim = config.hidden_size // config.num_attention_heads
+    keys = (config.num_key_value_heads or config.num_attention_heads) * head_dim if copies_keys else 0
+    return 4 * (num_queries + keys) * min(num_tokens, SCORES_AT_ONCE // num_queries)
 
 
 def count_steps(config: VambaConfig, segment_frames: int) -> int:

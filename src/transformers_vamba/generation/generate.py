@@ -13,12 +13,14 @@ from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
 from ..cache.cache import VIDEO_OPTIONS, VambaCache
+from ..cache.excerpts import check_read_share
 from ..compat import CACHE_NAME, NEWEST_TESTED, OLDEST_TESTED, rename_cache, takes_cache
 from ..inputs.checks import check_prompt_goes_on, check_prompt_repeats, check_tensor, check_text
 from ..inputs.media import Medium, drop_grids_without_pixels, group_media_by_row, pop_media
 from ..layers.vision import SEGMENT_FRAMES
 from .captured_step import plan_step
-from .locate import Reader, VideoReading, watching
+from .locate import Reader, VideoReading, watch_steps
+from .read_share import StepChooser
 
 
 MAX_ROWS = 2**16  # of a cache that is filled before any text comes: a larger row number is a mistake
@@ -54,12 +56,12 @@ class VambaGenerationMixin(GenerationMixin):
                 outputs = super().generate(*args, **kwargs)
         finally:
             if isinstance(given, VambaCache):
-                given.finish_step()
+                given.finish_generation()
         is_dict = isinstance(outputs, ModelOutput)
         cache = outputs.get(CACHE_NAME) if is_dict else given
         if not isinstance(cache, VambaCache):
             return outputs
-        cache.finish_step()
+        cache.finish_generation()
         if cache.get_seq_length() > 0:
             cache.text_ids = outputs.sequences if is_dict else outputs
         elif is_dict:
@@ -69,7 +71,14 @@ class VambaGenerationMixin(GenerationMixin):
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args, **kwargs):
-        inputs = super().prepare_inputs_for_generation(*args, **rename_cache(kwargs))
+        kwargs = rename_cache(kwargs)
+        cache: Any = kwargs.get(CACHE_NAME)
+        chooser = getattr(cache, "watcher", None)
+        if isinstance(chooser, StepChooser) and chooser.has_ended(cache):
+            cache.watcher = None  # from now on, what it has chosen is read
+            if cache.is_compileable and not cache.is_video_offloaded:
+                cache.mark_static_videos()
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         for name in _READ_BY_GENERATE:
             inputs.pop(name, None)
         # `forward` takes the cache under either name, and PEFT's prompt learning (0.21) looks for the older one.
@@ -126,10 +135,12 @@ class VambaGenerationMixin(GenerationMixin):
     ):
         encoded = model_kwargs.get(CACHE_NAME)
         video_options = {name: model_kwargs.pop(name, None) for name in VIDEO_OPTIONS}
+        read_share = video_options["video_read_share"]
+        check_read_share(read_share)
         prompt_length = self._prompt_length(generation_config, model_kwargs)
         if isinstance(encoded, VambaCache):
             check_prompt_goes_on(encoded.get_seq_length(), prompt_length)
-            encoded.check_video_options(**video_options)
+            encoded.check_video_options(**{**video_options, "video_read_share": None})  # which is asked for each time
             video_options = encoded.video_options
             if encoded.get_seq_length() == 0 and generation_config.cache_implementation is not None:
                 # A cache with videos alone leaves open which kind of cache the text gets.
@@ -152,8 +163,24 @@ class VambaGenerationMixin(GenerationMixin):
         cache.rows = [row for row in cache.rows or () for _ in range(num_copies)]
         if cache.is_compileable and not cache.is_video_offloaded:
             cache.mark_static_videos()
+        read_share = cache.video_read_share if read_share is None else read_share
+        if read_share is not None:
+            self._choose_steps(cache, read_share, generation_config, model_kwargs, prompt_length, num_copies)
         cache.step_plan = plan_step(self, cache, generation_config, generation_mode, prompt_length, max_cache_length)
         model_kwargs[CACHE_NAME] = cache
+
+    def _choose_steps(
+        self, cache: VambaCache, read_share: float, generation_config, model_kwargs: dict, prompt_length, num_copies
+    ) -> None:
+        """Lets the prompt choose what the answer reads of the videos in the cache."""
+        if generation_config.use_cache is False:
+            raise ValueError(
+                f"`video_read_share` is {read_share!r}, but without a cache of the text (`use_cache=False`) the whole "
+                "text is read anew for every token. Leave out one of the two."
+            )
+        mask = model_kwargs.get("attention_mask")
+        mask = torch.ones(len(cache.rows or ()), prompt_length) if mask is None else mask
+        cache.watcher = StepChooser(cache, read_share, mask, num_copies)
 
     def _take_new_media(
         self, model_kwargs: dict, batch_size: int, past_length: int, prompt_length: int | None
@@ -187,6 +214,7 @@ class VambaGenerationMixin(GenerationMixin):
         video_cache_implementation: str | None = None,
         video_pruning_rate: float | None = None,
         max_video_tokens: int | None = None,
+        video_read_share: float | None = None,
     ) -> VambaCache:
         r"""
         Encodes videos without any text, or appends to videos encoded before (a live stream, or a long file in pieces).
@@ -218,6 +246,9 @@ class VambaGenerationMixin(GenerationMixin):
                 size is the same, so a file in pieces gives the same as the whole.
             max_video_tokens (`int`, *optional*):
                 The most tokens that a new cache keeps of a video, however long it goes on. See [`VambaCache`].
+            video_read_share (`float`, *optional*):
+                The share of a video that `generate` reads for each token of an answer from a new cache, unless it is
+                given another. See [`VambaCache`].
 
         Returns:
             [`VambaCache`]: The given cache, or a new one. A call that fails or is interrupted leaves a given cache
@@ -236,6 +267,7 @@ class VambaGenerationMixin(GenerationMixin):
             "video_cache_implementation": video_cache_implementation,
             "video_pruning_rate": video_pruning_rate,
             "max_video_tokens": max_video_tokens,
+            "video_read_share": video_read_share,
         }
         if cache is None:
             cache = VambaCache(self.config, **video_options)
@@ -322,6 +354,6 @@ class VambaGenerationMixin(GenerationMixin):
         videos = VambaCache(self.config, video_cache_implementation=cache.video_cache_implementation)
         videos.videos, videos.rows = cache.videos, all_rows
         reader = Reader([cache.steps_of(row) for row in rows])
-        with watching(self.model.language_model.layers, reader.receive, reader.steps, predicts):
-            self.model(input_ids=input_ids, attention_mask=attention_mask, cache=videos, use_cache=False)
+        videos.watcher = watch_steps(reader.receive, reader.steps, predicts)
+        self.model(input_ids=input_ids, attention_mask=attention_mask, cache=videos, use_cache=False)
         return reader.readings()

@@ -3,17 +3,15 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from ..cache.cache import VambaCache
 from ..cache.layers import VideoStates
 from ..cache.steps import VideoSteps
-from ..layers.decoder import VambaCrossAttention
+from ..layers.decoder import VambaCrossAttention, VideoRead
 from ..ops.quantized_attention import QuantizedStates
 
 
@@ -132,14 +130,20 @@ def log_weights_of_steps(
     length = max(1, SCORES_AT_ONCE // (query.shape[0] * query.shape[1]))
     for start in range(0, num_keys, length):
         stop = min(start + length, num_keys)
-        scores = query @ _read_keys(keys, start, stop).transpose(1, 2)
-        largest = scores.amax(-1, keepdim=True)
         first, last = torch.searchsorted(ends, torch.tensor([start, stop - 1]), right=True).tolist()
         places = (bounds[first : last + 2].clamp(start, stop) - start).to(query.device)
-        summed = F.pad((scores - largest).exp().cumsum(-1), (1, 0))[..., places].diff().clamp(min=0)
         steps = sums[..., first : last + 1]
-        torch.logaddexp(steps, summed.log() + largest, out=steps)
+        torch.logaddexp(steps, _log_sums(query, _read_keys(keys, start, stop), places), out=steps)
     return sums.log_softmax(-1)
+
+
+def _log_sums(query: torch.Tensor, keys: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The log-sum-exp of the scores of keys, from each of these places to the next; one tensor of scores at a time."""
+    scores = query @ keys.transpose(1, 2)
+    largest = scores.amax(-1, keepdim=True)
+    summed = scores.sub_(largest).exp_().cumsum_(-1)
+    before = summed[..., (places - 1).clamp(min=0)] * (places > 0)
+    return before.diff().clamp(min=0).log() + largest
 
 
 def _read_keys(keys: VideoStates, start: int, stop: int) -> torch.Tensor:
@@ -150,43 +154,40 @@ def _read_keys(keys: VideoStates, start: int, stop: int) -> torch.Tensor:
     return keys[0, :, start:stop].float()
 
 
-def _read_in_layer(
-    receive: Callable[[int, int, torch.Tensor], None],
-    steps: list[VideoSteps],
-    token_mask: torch.Tensor,
-    layer: VambaCrossAttention,
-    inputs: tuple,
-) -> None:
-    """A hook before a layer's cross-attention: hands on what the tokens of each row read of its video."""
-    hidden_states, reads, *_ = inputs
-    videos = [keys for length, keys, _ in reads for _ in range(length // hidden_states.shape[1])]
-    for row, keys in enumerate(videos):
-        num_tokens = steps[row].num_tokens
-        tokens_at_once = max(1, SCORES_AT_ONCE // (layer.num_heads * len(num_tokens)))
-        for tokens in hidden_states[row, token_mask[row].to(hidden_states.device)].split(tokens_at_once):
-            query = layer.q_proj(tokens).view(len(tokens), keys.shape[1], -1, layer.head_dim).transpose(0, 1)
-            log_weights = log_weights_of_steps(query.flatten(1, 2), keys, num_tokens, layer.scaling)
-            # (num_key_value_heads, num_tokens, heads that share a key, num_steps)
-            log_weights = log_weights.unflatten(1, query.shape[1:3])
-            receive(layer.layer_idx, row, log_weights.transpose(1, 2).flatten(0, 1))
+def read_in_layer(
+    layer: VambaCrossAttention, texts: torch.Tensor, keys: VideoStates, num_tokens: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """
+    What some tokens of a row read of each step of its video, as [`log_weights_of_steps`] of shape `(num_heads,
+    num_queries, num_steps)`, a few tokens at a time. `texts`, `(num_queries, hidden_size)`, is what enters the layer's
+    cross-attention.
+    """
+    tokens_at_once = max(1, SCORES_AT_ONCE // (layer.num_heads * len(num_tokens)))
+    for tokens in texts.split(tokens_at_once):
+        query = layer.q_proj(tokens).view(len(tokens), keys.shape[1], -1, layer.head_dim).transpose(0, 1)
+        log_weights = log_weights_of_steps(query.flatten(1, 2), keys, num_tokens, layer.scaling)
+        # (num_key_value_heads, num_tokens, heads that share a key, num_steps)
+        yield log_weights.unflatten(1, query.shape[1:3]).transpose(1, 2).flatten(0, 1)
 
 
-@contextmanager
-def watching(
-    layers: nn.ModuleList,
-    receive: Callable[[int, int, torch.Tensor], None],
-    steps: list[VideoSteps],
-    token_mask: torch.Tensor,
-) -> Iterator[None]:
+def videos_by_row(hidden_states: torch.Tensor, reads: list[VideoRead]) -> list[tuple[VideoStates, VideoStates]]:
+    """Keys and values of the video that each row of a batch reads; `(None, None)` for a row that reads none."""
+    return [(keys, values) for length, keys, values in reads for _ in range(length // hidden_states.shape[1])]
+
+
+def watch_steps(
+    receive: Callable[[int, int, torch.Tensor], None], steps: list[VideoSteps], token_mask: torch.Tensor
+) -> Callable:
     """
-    A block of code in which `receive` is called with the index of a layer, that of a row, and the logarithms of what
-    some of its tokens read, float32 of shape `(num_heads, num_tokens, num_steps)`; until all of `token_mask`, of shape
-    `(batch_size, sequence_length)`, have been. `steps` are the time steps of the video that each row reads.
+    A watcher for a cache (see [`VambaCache`]): it calls `receive` with the index of a layer, that of a row, and the
+    logarithms of what some of its tokens read, float32 of shape `(num_heads, num_tokens, num_steps)`; until all of
+    `token_mask`, of shape `(batch_size, sequence_length)`, have been. `steps` are those of the video of each row.
     """
-    hook = partial(_read_in_layer, receive, steps, token_mask)
-    handles = [layer.get_submodule("cross_attn").register_forward_pre_hook(hook) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def watch(cache: VambaCache, layer: VambaCrossAttention, hidden_states: torch.Tensor, reads: list[VideoRead]):
+        for row, (keys, _) in enumerate(videos_by_row(hidden_states, reads)):
+            texts = hidden_states[row, token_mask[row].to(hidden_states.device)]
+            for log_weights in read_in_layer(layer, texts, keys, steps[row].num_tokens):
+                receive(layer.layer_idx, row, log_weights)
+
+    return watch

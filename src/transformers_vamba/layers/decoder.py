@@ -241,6 +241,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         attn_output, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
         if video_context is not None:
             reads = self._read_videos(video_states, video_context)
+            video_context.watch(self.cross_attn, hidden_states, reads)
             cross_output = self.cross_attn(hidden_states, reads, video_context.group)
             reads_video = video_context.mark_tokens(cross_output.device)
             if reads_video is None and can_fuse(residual, self.post_attention_layernorm):

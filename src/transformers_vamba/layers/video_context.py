@@ -4,6 +4,7 @@
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from torch.distributed import ProcessGroup
 
 from ..cache.cache import VambaCache
@@ -33,6 +34,11 @@ class VideoContext:
     lengths: list[int] = field(default_factory=list)
     group: ProcessGroup | None = None
     is_read: bool = True
+
+    def watch(self, cross_attn: nn.Module, hidden_states: torch.Tensor, reads: list) -> None:
+        """Tells whoever watches the cache what the cross-attention of a layer is about to read."""
+        if self.cache is not None and self.cache.watcher is not None:
+            self.cache.watcher(self.cache, cross_attn, hidden_states, reads)
 
     def mark_tokens(self, device: torch.device) -> torch.Tensor | None:
         """
