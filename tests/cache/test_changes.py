@@ -82,6 +82,19 @@ def encode_tokens(model, embeds):
     return cache
 
 
+@pytest.fixture
+def seen(model, monkeypatch):
+    """How many time steps the vision tower sees, call by call."""
+    steps, embed_media = [], model.model.embed_media
+
+    def see(media):
+        steps.append([medium.grid[0] for medium in media])
+        return embed_media(media)
+
+    monkeypatch.setattr(model.model, "embed_media", see)
+    return steps
+
+
 @pytest.mark.parametrize("rate", (0.25, 0.5, 0.8, 0.99))
 def test_the_least_changed_of_each_step_go(model, rate):
     steps = embed(model, VIDEO, 17)
@@ -151,6 +164,45 @@ def test_segments_give_the_same_as_the_whole(model, implementation, options, tmp
         assert_same(stream(model, more, 3, loaded), stream(model, more, 3, whole))
         lengths.append(whole.video_lengths)
     assert all(length == lengths[0] for length in lengths)
+
+
+def repeat_steps(media, times):
+    """A video whose time steps come so many times each."""
+    (_, *size), pixels = media["video_grid_thw"][0].tolist(), media["pixel_values_videos"]
+    steps = pixels.unflatten(0, (len(times), -1)).repeat_interleave(torch.tensor(times), dim=0)
+    return {"pixel_values_videos": steps.flatten(0, 1), "video_grid_thw": torch.tensor([[len(steps), *size]])}
+
+
+@pytest.mark.parametrize("options", ({"video_pruning_rate": 0.5}, {"max_video_tokens": 1000}))
+def test_the_tower_sees_a_repeated_step_once(model, seen, options, monkeypatch):
+    """What comes of it is what comes of seeing all steps."""
+    video = repeat_steps(make_media("video", (5, *GRID)), [1, 4, 1, 3, 2])
+    times = torch.arange(0, 1100, 100)
+    cache = model.encode_video(**video, video_timestamps_ms=times, segment_frames=8, **options)
+    assert seen == [[2], [3], [2]]  # of segments of 4, 4 and 3 steps
+    assert torch.equal(cache.steps_of(0).timestamps_ms, times)
+    monkeypatch.setattr(model.model, "embed_distinct", model.model.embed_media)
+    expected = model.encode_video(**video, video_timestamps_ms=times, segment_frames=8, **options)
+    assert seen[3:] == [[4], [4], [3]]
+    assert_same(cache, expected, tolerance=1e-5)
+    assert torch.equal(cache.steps_of(0).num_tokens, expected.steps_of(0).num_tokens)
+    torch.testing.assert_close(read(model, cache), read(model, expected), rtol=0, atol=1e-5)
+
+
+def test_without_pruning_the_tower_sees_every_step(model, seen):
+    model.encode_video(**repeat_steps(make_media("video", (2, *GRID)), [4, 4]))
+    assert seen == [[8]]
+
+
+def test_repeats_are_those_of_one_medium_and_of_all_its_pixels(model, seen):
+    still = repeat_steps(make_media("video", (1, *GRID)), [3])
+    pixels = torch.cat([still["pixel_values_videos"]] * 3)
+    pixels[4 * 24 + 23, -1] += 1e-3  # the last value of the middle step of the second video
+    pixels[6 * 24, 0] = math.nan  # equal to nothing
+    grids = torch.tensor([[3, *GRID]] * 3)
+    cache = model.encode_video(pixels, grids, video_sample_ids=torch.tensor([0] * 3), video_pruning_rate=0.5)
+    assert seen == [[1, 3, 2]]
+    assert cache.steps_of(0).num_tokens.tolist() == [6, 3, 3] * 3
 
 
 def test_generate_takes_the_options(model):

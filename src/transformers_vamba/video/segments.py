@@ -203,8 +203,8 @@ def preprocess_stretches(
     video_processor, stretches: Generator, temporal_patch_size: int, videos_kwargs: dict
 ) -> Generator[tuple[BatchFeature, int, int | None]]:
     """
-    The patches of each stretch of resized frames, their number of frames, and that of the whole video. In a program that
-    uses CUDA they lie in pinned memory, from where the model takes them without waiting for what the GPU is doing.
+    The patches of each stretch of resized frames, their number of frames, and that of the whole video. In a program
+    that uses CUDA they lie in pinned memory, from where the model takes them without waiting for what the GPU does.
     """
     pinned: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     with closing(stretches):
@@ -223,7 +223,7 @@ def preprocess_stretches(
 
 
 def can_pin(pixel_values) -> bool:
-    """Whether it pays to pin these. Reading does not begin to use CUDA, and must not in the fork of a process that does."""
+    """Whether to pin these. Reading never begins to use CUDA itself, nor in the fork of a process that does."""
     is_on_host = isinstance(pixel_values, torch.Tensor) and pixel_values.device.type == "cpu"
     return is_on_host and torch.cuda.is_initialized()
 
