@@ -27,6 +27,7 @@ def test_scenes_keep_what_happens(scene):
 def test_the_tiny_model_with_rates_and_budgets(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate_pruning, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(evaluate_pruning, "STREAM_SEEN", (128,))
+    monkeypatch.setattr(evaluate_pruning, "STREAM_EVENT", 120)
     arguments = ["--frames", "60", "--scenes", "still", "--samples", "1", "--stream-frames", "320"]
     evaluate_pruning.main([*arguments, "--stream-budget", "512", "--output", str(tmp_path)])
     rows = json.loads((tmp_path / "pruning.json").read_text())["rows"]
