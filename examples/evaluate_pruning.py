@@ -118,10 +118,7 @@ def measure(task: tuple[str, str, int, int]) -> list[dict]:
     video, questions = tell(kind, num_frames, sample)
     ways = [{"video_pruning_rate": rate} for rate in RATES] + [{"max_video_tokens": budget} for budget in BUDGETS]
     caches = [None] * len(ways)
-    with (
-        patch.object(model.model, "embed_media", see_once(model.model.embed_media)),
-        patch.object(model.model, "embed_distinct", see_once(model.model.embed_distinct)),
-    ):
+    with patch.object(model.model, "embed_media", see_once(model.model.embed_media)):
         for segment in segments_of(processor, video, scene, num_frames):
             caches = [model.encode_video(**segment, cache=cache, **way) for cache, way in zip(caches, ways)]
     rows = []

@@ -46,6 +46,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache.cache import VambaCache
 from .cache.layers import VambaVideoLayer
+from .cache.steps import VideoSteps
 from .compat import CACHE_NAME, CACHE_NAMES, checked_forward
 from .configuration_vamba import VambaConfig, VambaTextConfig
 from .conversion_mapping import (
@@ -57,7 +58,7 @@ from .conversion_mapping import (
 )
 from .generation.generate import VambaGenerationMixin
 from .inputs.checks import adapter_names_explained, check_no_media_expected, check_tensor, check_text
-from .inputs.media import Medium, count_tokens, distinct_videos, drop_repeats, group_media_by_row, split_into_segments
+from .inputs.media import Medium, count_tokens, distinct_videos, group_media_by_row, split_into_segments
 from .inputs.packing import lengths_of_samples, split_marks, starts_of_samples
 from .inputs.text import make_masks, resolve_positions
 from .layers.decoder import VambaDecoderLayer
@@ -277,19 +278,6 @@ class VambaModel(VambaPreTrainedModel):
         """The vision tower's output, `(1, num_tokens, hidden_size)`, for images and videos in order."""
         return self._hand_to_decoder(self.visual.encode_media(media).pooler_output)
 
-    def embed_distinct(self, media: list[Medium]) -> torch.Tensor:
-        """As [`~VambaModel.embed_media`], but a time step that is equal to the one before is not seen again."""
-        device = execution_device(self.visual)  # on which they are compared
-        media = [each._replace(pixel_values=each.pixel_values.to(device, non_blocking=True)) for each in media]
-        distinct, indices = drop_repeats(media)
-        num_tokens = [count_tokens([each], self.config.vision_config.spatial_merge_size) for each in distinct]
-        pieces = self.embed_media(distinct)[0].split(num_tokens)
-        repeated = [
-            piece.unflatten(0, (each.grid[0], -1))[index.to(piece.device)].flatten(0, 1)
-            for piece, each, index in zip(pieces, distinct, indices)
-        ]
-        return torch.cat(repeated)[None]
-
     def _hand_to_decoder(self, embeds: torch.Tensor) -> torch.Tensor:
         return embeds.to(execution_device(self.language_model), self.language_model.dtype)[None]
 
@@ -325,18 +313,36 @@ class VambaModel(VambaPreTrainedModel):
         num_tokens = count_tokens(media, merge_size) + num_remaining_tokens
         cache.reserve(video, num_tokens, largest_step, steps_at_once)
         for segment in split_into_segments(media, max_steps):
-            steps = cache.steps_of(video)
-            tokens_per_step = [math.prod(each.grid[1:]) // merge_size**2 for each in segment]
-            if cache.follows_changes:
-                changes, rate, embeds = cache.changes_of(video), cache.video_pruning_rate, self.embed_distinct(segment)
-                embeds, tokens_per_step, cache.changes[video] = changes.prune(embeds, segment, rate)
-            else:
-                embeds = self.embed_media(segment)
-            self.language_model.encode_video(embeds, cache.videos[video])
-            for each, num_tokens in zip(segment, tokens_per_step):
-                steps = steps.append(each.grid[0], num_tokens, each.timestamps_ms)
-            cache.steps[video] = steps
-            cache.thin_out(video)
+            embeds, steps = self._embed_segment(segment, cache, video)
+            if embeds is not None:
+                self.language_model.encode_video(embeds, cache.videos[video])
+                cache.steps[video] = steps
+                cache.thin_out(video)
+
+    def _embed_segment(
+        self, media: list[Medium], cache: VambaCache, video: int
+    ) -> tuple[torch.Tensor | None, VideoSteps]:
+        """
+        The tokens of a segment that go on to the mixers, `(1, num_tokens, hidden_size)`, `None` if nothing in it has
+        changed; and the time steps of the video with them.
+        """
+        steps = cache.steps_of(video)
+        if cache.follows_changes:
+            media, changes = cache.changes_of(video).drop_repeats(media, execution_device(self.visual))
+            cache.changes[video] = changes
+            if not media:
+                return None, steps
+            embeds, num_tokens, cache.changes[video] = changes.prune(
+                self.embed_media(media), media, cache.video_pruning_rate
+            )
+        else:
+            embeds = self.embed_media(media)
+            num_tokens = [
+                math.prod(each.grid[1:]) // self.config.vision_config.spatial_merge_size**2 for each in media
+            ]
+        for each, num_tokens_of_steps in zip(media, num_tokens):
+            steps = steps.append(each.grid[0], num_tokens_of_steps, each.timestamps_ms)
+        return embeds, steps
 
     @checked_forward
     def forward(

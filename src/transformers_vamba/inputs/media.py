@@ -269,19 +269,3 @@ def split_into_segments(media: list[Medium], max_steps: int) -> Iterator[list[Me
                 segment, room = [], max_steps
     if segment:
         yield segment
-
-
-def drop_repeats(media: list[Medium]) -> tuple[list[Medium], list[torch.Tensor]]:
-    """
-    The images and videos without the time steps whose pixels are equal, to the bit, to those of the step before; and
-    for each medium which of the steps that are left stands for each of its steps, of shape `(t,)`.
-    """
-    distinct, indices = [], []
-    for medium in media:
-        steps = medium.pixel_values.unflatten(0, (medium.grid[0], -1))
-        is_new = (steps[1:] != steps[:-1]).flatten(1).any(1)
-        indices.append(torch.nn.functional.pad(is_new.cumsum(0), (1, 0)))
-        if not is_new.all():
-            steps = torch.cat([steps[:1], steps[1:][is_new]])
-        distinct.append(Medium(steps.flatten(0, 1), (len(steps), *medium.grid[1:])))
-    return distinct, indices
