@@ -2,12 +2,13 @@
 """Train the tiny Vamba of `checkpoints/vamba-tiny` on synthetic videos drawn on the GPU as it trains.
 
     python examples/train_tiny.py --output checkpoints/vamba-tiny --minutes 8
-    python examples/train_tiny.py --output checkpoints/vamba-tiny --resume checkpoints/vamba-tiny --longest 128 \
-        --batch-size 32 --learning-rate 3e-4 --minutes 32
+    python examples/train_tiny.py --output checkpoints/vamba-tiny --resume checkpoints/vamba-tiny --longest 2048 \
+        --learning-rate 6e-4 --minutes 8
 
-The videos have 8 to `--longest` frames, 32 at first. At the end, the model is evaluated on videos that it has not
-seen, of these lengths and of 4 and 16 times these lengths. The folder holds all that `AutoModelForImageTextToText` and
-`AutoProcessor` load, and the results as `evaluation.json`.
+The videos have 8 to `--longest` frames, as many of 8 to 16 frames as of 1,024 to 2,048. A step takes as many videos of
+one length as `--frames` allows. At the end, the model is evaluated on videos that it has not seen, of these lengths
+and of up to 4 times the longest. The folder holds all that `AutoModelForImageTextToText` and `AutoProcessor` load, and
+the results as `evaluation.json`.
 """
 
 import argparse
@@ -30,7 +31,9 @@ from transformers_vamba import VambaConfig, VambaForConditionalGeneration, Vamba
 
 
 SHORTEST = 8  # frames of a training video
+MOST_VIDEOS = 256  # of a step
 QUESTIONS_PER_VIDEO = 3
+PIXELS_AT_ONCE = 2**28  # that are drawn at once
 PATCH, MERGE = 14, 2
 KINDS = list(QUESTIONS)
 TRAINING_STREAM, EVALUATION_STREAM = 2026, 2027  # the first number of every seed: no video is in both
@@ -128,8 +131,8 @@ def make_config(tokenizer) -> VambaConfig:
 class QuestionBatches(IterableDataset):
     """Endless random batches of videos of one length, and of questions about each. See `make_batch`."""
 
-    def __init__(self, tokenizer, batch_size, seed):
-        self.tokenizer, self.batch_size, self.seed = tokenizer, batch_size, seed
+    def __init__(self, tokenizer, frames, seed):
+        self.tokenizer, self.frames, self.seed = tokenizer, frames, seed
         self.longest = torch.tensor(SHORTEST).share_memory_()  # raised as the training goes on, seen by the workers
 
     def __iter__(self):
@@ -137,10 +140,20 @@ class QuestionBatches(IterableDataset):
         seed = [TRAINING_STREAM, self.seed, worker.id if worker else 0]
         rng = np.random.default_rng(seed)
         for i in itertools.count():
-            num_frames = 2 * int(rng.integers(SHORTEST // 2, self.longest.item() // 2 + 1))
-            videos = [sample_video([*seed, i, j], num_frames) for j in range(self.batch_size)]
+            num_frames = sample_length(rng, SHORTEST, self.longest.item())
+            videos = [sample_video([*seed, i, j], num_frames) for j in range(num_videos(self.frames, num_frames))]
             questions = [[video.questions[k] for k in rng.permutation(len(video.questions))] for video in videos]
             yield make_batch(self.tokenizer, videos, [chosen[:QUESTIONS_PER_VIDEO] for chosen in questions])
+
+
+def sample_length(rng, shortest: int, longest: int) -> int:
+    """An even number of frames: each doubling of the length is as likely as any other."""
+    return 2 * round(math.exp(rng.uniform(math.log(shortest / 2), math.log(longest / 2))))
+
+
+def num_videos(frames: int, num_frames: int) -> int:
+    """How many videos of a length make up a batch of at most so many frames."""
+    return min(MOST_VIDEOS, max(1, frames // num_frames))
 
 
 def make_batch(tokenizer, videos, questions) -> dict:
@@ -172,10 +185,9 @@ def make_batch(tokenizer, videos, questions) -> dict:
     }
 
 
-def augment(frames: torch.Tensor) -> torch.Tensor:
-    """Roughly what a camera or H.264 does to frames (videos, frames, 3, height, width), in 0 to 255."""
-    videos = frames.shape[0]
-    amount = torch.rand(4, videos, 1, 1, 1, 1, device=frames.device)
+def augment(frames: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
+    """Roughly what a camera or H.264 does to frames (videos, frames, 3, height, width), in 0 to 255. `amount` (4,
+    videos, 1, 1, 1, 1), in 0 to 1: of blur, contrast, brightness and noise."""
     frames = frames.float()
     blurred = F.avg_pool2d(frames.flatten(0, 1), 3, stride=1, padding=1, count_include_pad=False).view_as(frames)
     frames = frames.lerp(blurred, (amount[0] * 1.6 - 0.8).clamp(min=0))  # half of the videos stay sharp
@@ -188,12 +200,12 @@ def make_pixel_values(frames: torch.Tensor, processor) -> torch.Tensor:
     """What `VambaVideoProcessor` makes of frames of this size, for all videos at once and on their device.
 
     Args: frames (videos, frames, 3, height, width) in 0 to 255.
-    Returns: float32 of shape (videos * patches, 3 * temporal_patch_size * patch_size * patch_size)."""
+    Returns: float32 of shape (videos, patches, 3 * temporal_patch_size * patch_size * patch_size)."""
     video_processor = processor.video_processor
     mean = torch.tensor(video_processor.image_mean, device=frames.device).view(3, 1, 1) * 255
     std = torch.tensor(video_processor.image_std, device=frames.device).view(3, 1, 1) * 255
     patches, *_ = Qwen2VLVideoProcessor().patchify((frames - mean) / std, PATCH, MERGE, 2)
-    return patches.flatten(0, 1)
+    return patches
 
 
 def to_device(batch, device):
@@ -203,15 +215,21 @@ def to_device(batch, device):
 
 
 def model_inputs(batch, processor, augmented: bool) -> dict:
-    """Draw the videos of a batch, on its device, and return the arguments of the model."""
-    frames = render_frames(batch["scenes"], 0, batch["num_frames"])
-    frames = augment(frames) if augmented else frames.float()
+    """Draw the videos of a batch, on its device and a stretch at a time, and return the arguments of the model."""
+    videos, num_frames = len(batch["input_ids"]), batch["num_frames"]
+    amount = torch.rand(4, videos, 1, 1, 1, 1, device=batch["input_ids"].device)
+    at_once = 2 * max(1, PIXELS_AT_ONCE // (2 * videos * 3 * FRAME_SIZE**2))
+    stretches = []
+    for start in range(0, num_frames, at_once):
+        frames = render_frames(batch["scenes"], start, min(start + at_once, num_frames))
+        frames = augment(frames, amount) if augmented else frames.float()
+        stretches.append(make_pixel_values(frames, processor))
     edge = FRAME_SIZE // PATCH
     return {
         **{name: batch[name] for name in ("input_ids", "position_ids", "labels")},
-        "pixel_values_videos": make_pixel_values(frames, processor),
-        "video_grid_thw": torch.tensor([[batch["num_frames"] // 2, edge, edge]] * len(frames)),
-        "video_sample_ids": torch.arange(len(frames)),
+        "pixel_values_videos": torch.cat(stretches, dim=1).flatten(0, 1),
+        "video_grid_thw": torch.tensor([[num_frames // 2, edge, edge]] * videos),
+        "video_sample_ids": torch.arange(videos),
         "use_cache": False,
     }
 
@@ -243,7 +261,7 @@ class Score:
 
 def train(model, processor, args) -> None:
     device = torch.device(args.device)
-    batches = QuestionBatches(processor.tokenizer, args.batch_size, args.seed)
+    batches = QuestionBatches(processor.tokenizer, args.frames, args.seed)
     loader = DataLoader(batches, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda")
     # Matrices decay; vectors (norms, biases, alpha, and the mixers' A, D and dt) do not.
     decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
@@ -289,15 +307,17 @@ def train(model, processor, args) -> None:
 
 
 @torch.no_grad()
-def evaluate(model, processor, args, factor: int) -> dict[str, float]:
-    """Exact-match accuracy by kind of question, on unseen videos of `factor` times the training lengths."""
+def evaluate(model, processor, args, shortest: int, longest: int) -> dict[str, float]:
+    """Exact-match accuracy by kind of question, on unseen videos of `shortest` to `longest` frames."""
     model.eval()
     score = Score(args.device)
-    rng = np.random.default_rng([EVALUATION_STREAM, factor])
-    batch_size = max(1, min(args.eval_videos // 8, 128 // factor, 32))
-    for i in range(math.ceil(args.eval_videos / batch_size)):
-        num_frames = 2 * int(rng.integers(factor * SHORTEST // 2, factor * args.longest // 2 + 1))
-        videos = [sample_video([EVALUATION_STREAM, factor, i, j], num_frames) for j in range(batch_size)]
+    rng = np.random.default_rng([EVALUATION_STREAM, longest])
+    asked = 0
+    while asked < args.eval_videos:
+        num_frames = sample_length(rng, shortest, longest)
+        batch_size = min(num_videos(args.frames, num_frames), math.ceil(args.eval_videos / 8))
+        videos = [sample_video([EVALUATION_STREAM, longest, asked + j], num_frames) for j in range(batch_size)]
+        asked += batch_size
         batch = make_batch(processor.tokenizer, videos, [video.questions for video in videos])
         batch = to_device(batch, args.device)
         outputs = model(**model_inputs(batch, processor, augmented=False))
@@ -313,9 +333,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=int, default=32, help="frames of the longest training videos")
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint to go on from, its weights only")
-    parser.add_argument("--batch-size", type=int, default=128, help="videos a step")
+    parser.add_argument("--frames", type=int, default=32768, help="frames of all videos of a step, at most")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--eval-videos", type=int, help="videos for each of the three lengths")
+    parser.add_argument("--eval-videos", type=int, help="videos for each range of lengths")
     parser.add_argument("--workers", type=int, help="processes that make up videos and questions")
     parser.add_argument("--log-every", type=int, default=200, help="steps between two lines of progress")
     args = parser.parse_args()
@@ -345,10 +365,11 @@ def main():
 
     torch.set_float32_matmul_precision("highest")
     results = {}
-    for factor in (1, 4, 16):
+    lengths = [SHORTEST, *(args.longest // divisor for divisor in (16, 4, 1) if args.longest // divisor > SHORTEST)]
+    for shortest, longest in itertools.pairwise([*lengths, 4 * args.longest]):
         start = time.perf_counter()
-        name = f"{factor * SHORTEST} to {factor * args.longest} frames"
-        results[name] = evaluate(model, processor, args, factor)
+        name = f"{shortest} to {longest} frames"
+        results[name] = evaluate(model, processor, args, shortest, longest)
         print(f"{name} ({time.perf_counter() - start:.0f} s):", *results[name].items(), flush=True)
     (args.output / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
 

@@ -78,7 +78,7 @@ def test_questions_in_a_batch_get_the_answers_that_they_get_alone(tiny, video_fi
 def test_checkpoint_is_small_and_was_evaluated(tiny):
     assert sum(file.stat().st_size for file in TINY_CHECKPOINT.iterdir()) <= 8e6
     results = json.loads((TINY_CHECKPOINT / "evaluation.json").read_text())
-    assert len(results) == 3
+    assert len(results) == 4
     assert next(iter(results.values()))["all"] >= 0.95
 
 
@@ -140,7 +140,7 @@ def test_training_pixels_are_those_of_the_processor(untrained):
     frames = render_frames(pack_videos([sample_video(seed, 12) for seed in range(3)]), 0, 12)
     expected = processor.video_processor(videos=list(frames), do_sample_frames=False, return_tensors="pt")
     pixel_values = train_tiny.make_pixel_values(frames.float(), processor)
-    torch.testing.assert_close(pixel_values, expected["pixel_values_videos"])
+    torch.testing.assert_close(pixel_values.flatten(0, 1), expected["pixel_values_videos"])
 
 
 def test_training_prompt_is_that_of_the_processor(untrained):
@@ -173,14 +173,12 @@ def test_questions_of_a_training_row_do_not_see_one_another(untrained):
 
 
 def test_training_runs_and_its_checkpoint_loads(tmp_path, monkeypatch, video_file):
-    command = f"train_tiny.py --output {tmp_path / 'model'} --device cpu --minutes 0.02 --batch-size 2 --workers 0"
+    command = f"train_tiny.py --output {tmp_path / 'model'} --device cpu --minutes 0.02 --frames 16 --workers 0"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--eval-videos", "1", "--longest", "8"])
     train_tiny.main()
     model, processor = load(tmp_path / "model", "cpu")
     _, path = video_file(0, 8)
     assert isinstance(answer(model, processor, encode(model, processor, path), "What came first?", 2), str)
     assert set(json.loads((tmp_path / "model" / "evaluation.json").read_text())) == {
-        "8 to 8 frames",
-        "32 to 32 frames",
-        "128 to 128 frames",
+        "8 to 32 frames",
     }
