@@ -162,8 +162,8 @@ def gather(rows: list[dict], names: tuple[str, ...]) -> list[dict]:
     gathered = []
     for key, group in groups.items():
         total = {name: value for name, value in zip(names, key) if value is not None}
-        for name in group[0].keys() - set(names):
-            values = [row[name] for row in group]
+        for name in {name for row in group for name in row} - set(names):
+            values = [row[name] for row in group if name in row]
             total[name] = sum(values) if name in ("right", "questions") else round(sum(values) / len(values), 2)
         gathered.append(dict(sorted(total.items())))
     return gathered
