@@ -19,7 +19,6 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     VisionMlp,
     eager_attention_forward,
 )
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
 from ..inputs.media import Medium, split_into_segments
 from ..ops.activation import quick_gelu
@@ -105,21 +104,9 @@ class VambaVisionModel(Qwen2VisionTransformerPretrainedModel):
             (sum(t for t, _, _ in run), *size)
             for size, run in itertools.groupby((medium.grid for medium in media), key=lambda grid: grid[1:])
         ]
-        # What follows from the grids is made on the host. To ask the device for it would be to wait for all that it
-        # has still to do, and it would stand idle until it hears of more.
-        grid_thw = torch.tensor(grids)
-        position_ids = [
-            get_vision_position_ids(torch.tensor([[1, *size]]), self.spatial_merge_size)
-            .to(device, non_blocking=True)
-            .repeat(t, 1)
-            for t, *size in grids
-        ]
         return self(
             pixel_values.to(self.dtype),
-            grid_thw=grid_thw,
-            position_ids=torch.cat(position_ids),
-            cu_seqlens=get_vision_cu_seqlens(grid_thw).to(device, non_blocking=True),
-            max_seqlen=max(height * width for _, height, width in grids),
+            grid_thw=torch.tensor(grids, device=device),
             frame_length=math.prod(grids[0][1:]) if len(grids) == 1 else None,
         )
 

@@ -216,7 +216,7 @@ def preprocess_stretches(
 ) -> Generator[tuple[BatchFeature, int, int | None]]:
     """
     The patches of each stretch of resized frames, their number of frames, and that of the whole video. In a program
-    that uses CUDA they lie in pinned memory, from where the model takes them without waiting for what the GPU does.
+    that uses CUDA they lie in pinned memory, from where they are copied faster.
     """
     pinned: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     with closing(stretches):
