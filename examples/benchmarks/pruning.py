@@ -3,7 +3,8 @@
 
     python examples/benchmarks/pruning.py --output results
 
-On a CPU the shapes are tiny. The pixels are random: how much is dropped does not depend on them. A table of seconds
+On a CPU the shapes are tiny. The pixels are random: how much a rate or a budget drops does not depend on them. In the
+last rows every time step comes four times, as where little moves, and three of four are dropped. A table of seconds
 and GiB is written and printed.
 """
 
@@ -43,8 +44,12 @@ WAYS = (
     {"video_pruning_rate": 0.5, "video_cache_implementation": "quantized"},
     {"max_video_tokens": 32_768, "video_cache_implementation": "offloaded"},
 )
+# Of a video whose time steps come so many times each; the budget is never reached.
+REPEATS = 4
+WAYS_OF_REPEATS = ({}, {"max_video_tokens": 10**6}, {"video_pruning_rate": 0.5})
 COLUMNS = {
     "way": ("way", "{}"),
+    "repeats": ("each step comes", "{}x"),
     "frames": ("frames", "{:,}"),
     "video_tokens": ("video tokens", "{:,}"),
     "encode_s": ("encoding, s", "{:.2f}"),
@@ -77,12 +82,22 @@ def encode(model, video: dict[str, torch.Tensor], options: dict):
     return cache, time.perf_counter() - start
 
 
-def measure(model, num_frames: int, patches: tuple[int, int], options: dict) -> dict:
+def repeat_steps(video: dict[str, torch.Tensor], times: int) -> None:
+    """Lets the first of so many time steps stand for all of them, in place."""
+    num_steps = int(video["video_grid_thw"][0, 0])
+    steps = video["pixel_values_videos"].unflatten(0, (num_steps, -1))
+    for step in range(num_steps):
+        steps[step] = steps[step - step % times]
+
+
+def measure(model, num_frames: int, patches: tuple[int, int], options: dict, repeats: int = 1) -> dict:
     """One way to keep a video: seconds and GiB of encoding it and of a question."""
-    warm_cache, _ = encode(model, make_pixels(model, 3 * SEGMENT_FRAMES, patches, "cpu"), options)
+    warm_video, video = (make_pixels(model, n, patches, "cpu") for n in (3 * SEGMENT_FRAMES, num_frames))
+    repeat_steps(warm_video, repeats)
+    repeat_steps(video, repeats)
+    warm_cache, _ = encode(model, warm_video, options)
     generate(model, make_text(model), 3, cache=warm_cache)
     del warm_cache
-    video = make_pixels(model, num_frames, patches, "cpu")
     reset_peak(model)
     cache, seconds = encode(model, video, options)
     times = [generate(model, make_text(model), cache=cache.fork()) for _ in range(3)]
@@ -101,6 +116,7 @@ def measure(model, num_frames: int, patches: tuple[int, int], options: dict) -> 
         "model": "vamba",
         "attention": "sdpa",
         "way": ", ".join(f"{name} {value}" for name, value in options.items()) or "as it is",
+        "repeats": repeats,
         "frames": num_frames,
         "video_tokens": cache.video_lengths[0],
         "encode_s": seconds,
@@ -126,8 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
     model = load(config, "sdpa", device)
     rows = []
     for num_frames in map(int, args.frames.split(",")):
-        for options in WAYS:
-            rows.append(measure(model, num_frames, patches, options))
+        for options, repeats in [(way, 1) for way in WAYS] + [(way, REPEATS) for way in WAYS_OF_REPEATS]:
+            rows.append(measure(model, num_frames, patches, options, repeats))
             write_results(args.output, describe_machine(device), rows, "pruning", COLUMNS)
     print((args.output / "pruning.md").read_text())
 

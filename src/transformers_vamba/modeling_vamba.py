@@ -46,6 +46,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache.cache import VambaCache
 from .cache.layers import VambaVideoLayer
+from .cache.steps import VideoSteps
 from .compat import CACHE_NAME, CACHE_NAMES, checked_forward
 from .configuration_vamba import VambaConfig, VambaTextConfig
 from .conversion_mapping import (
@@ -351,16 +352,36 @@ class VambaModel(VambaPreTrainedModel):
         num_tokens = count_tokens(media, merge_size) + num_remaining_tokens
         cache.reserve(video, num_tokens, largest_step, steps_at_once)
         for segment in split_into_segments(media, max_steps):
-            steps, embeds = cache.steps_of(video), self.embed_media(segment)
-            tokens_per_step = [math.prod(each.grid[1:]) // merge_size**2 for each in segment]
-            if cache.follows_changes:
-                changes, rate = cache.changes_of(video), cache.video_pruning_rate
-                embeds, tokens_per_step, cache.changes[video] = changes.prune(embeds, segment, rate)
-            self.language_model.encode_video(embeds, cache.videos[video])
-            for each, num_tokens in zip(segment, tokens_per_step):
-                steps = steps.append(each.grid[0], num_tokens, each.timestamps_ms)
-            cache.steps[video] = steps
-            cache.thin_out(video)
+            embeds, steps = self._embed_segment(segment, cache, video)
+            if embeds is not None:
+                self.language_model.encode_video(embeds, cache.videos[video])
+                cache.steps[video] = steps
+                cache.thin_out(video)
+
+    def _embed_segment(
+        self, media: list[Medium], cache: VambaCache, video: int
+    ) -> tuple[torch.Tensor | None, VideoSteps]:
+        """
+        The tokens of a segment that go on to the mixers, `(1, num_tokens, hidden_size)`, `None` if nothing in it has
+        changed; and the time steps of the video with them.
+        """
+        steps = cache.steps_of(video)
+        if cache.follows_changes:
+            media, changes = cache.changes_of(video).drop_repeats(media, execution_device(self.visual))
+            cache.changes[video] = changes
+            if not media:
+                return None, steps
+            embeds, num_tokens, cache.changes[video] = changes.prune(
+                self.embed_media(media), media, cache.video_pruning_rate
+            )
+        else:
+            embeds = self.embed_media(media)
+            num_tokens = [
+                math.prod(each.grid[1:]) // self.config.vision_config.spatial_merge_size**2 for each in media
+            ]
+        for each, num_tokens_of_steps in zip(media, num_tokens):
+            steps = steps.append(each.grid[0], num_tokens_of_steps, each.timestamps_ms)
+        return embeds, steps
 
     @checked_forward
     def forward(

@@ -82,6 +82,19 @@ def encode_tokens(model, embeds):
     return cache
 
 
+@pytest.fixture
+def seen(model, monkeypatch):
+    """How many time steps the vision tower sees, call by call."""
+    steps, embed_media = [], model.model.embed_media
+
+    def see(media):
+        steps.append([medium.grid[0] for medium in media])
+        return embed_media(media)
+
+    monkeypatch.setattr(model.model, "embed_media", see)
+    return steps
+
+
 @pytest.mark.parametrize("rate", (0.25, 0.5, 0.8, 0.99))
 def test_the_least_changed_of_each_step_go(model, rate):
     steps = embed(model, VIDEO, 17)
@@ -102,11 +115,12 @@ def test_rates_drop_what_they_say():
             assert num_kept(num_tokens, percent / 100) == max(1, num_tokens - num_tokens * percent // 100)
 
 
-def test_what_stands_still_keeps_its_first_places(model):
-    still = {"pixel_values_videos": VIDEO["pixel_values_videos"][:24].repeat(9, 1)}
-    still["video_grid_thw"] = torch.tensor([[9, *GRID]])
-    cache = model.encode_video(**still, video_pruning_rate=0.5)
-    step = embed(model, still, 9)[0]
+def test_of_tokens_that_changed_alike_the_first_are_kept(model):
+    pixels = VIDEO["pixel_values_videos"][:24].repeat(9, 1)
+    pixels[::24, 0] = torch.tensor([0, 1e-38, 0, 1e-38, 0, 1e-38, 0, 1e-38, 0])  # which no token tells
+    video = {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[9, *GRID]])}
+    cache = model.encode_video(**video, video_pruning_rate=0.5)
+    step = embed(model, video, 9)[0]
     assert_same(cache, encode_tokens(model, torch.cat([step, *[step[:3]] * 8])), tolerance=1e-5)
 
 
@@ -151,6 +165,79 @@ def test_segments_give_the_same_as_the_whole(model, implementation, options, tmp
         assert_same(stream(model, more, 3, loaded), stream(model, more, 3, whole))
         lengths.append(whole.video_lengths)
     assert all(length == lengths[0] for length in lengths)
+
+
+def repeat_steps(media, times):
+    """A video whose time steps come so many times each."""
+    (_, *size), pixels = media["video_grid_thw"][0].tolist(), media["pixel_values_videos"]
+    steps = pixels.unflatten(0, (len(times), -1)).repeat_interleave(torch.tensor(times), dim=0)
+    return {"pixel_values_videos": steps.flatten(0, 1), "video_grid_thw": torch.tensor([[len(steps), *size]])}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("options", ({"video_pruning_rate": 0.5}, {"max_video_tokens": 1000}))
+def test_steps_that_repeat_are_dropped_before_the_tower(model, seen, options, implementation):
+    """What comes of a video is what comes of it without them, however it is cut."""
+    options = {**options, "video_cache_implementation": implementation}
+    distinct = make_media("video", (5, *GRID))
+    video, times = repeat_steps(distinct, [1, 4, 1, 9, 2]), torch.arange(0, 1700, 100)
+    expected = model.encode_video(**distinct, **options)
+    assert seen == [[5]]
+    for num_steps, expected_calls in ((17, [[5]]), (4, [[2], [2], [1]]), (1, [[1]] * 5)):
+        seen.clear()
+        cache = None
+        for piece, moments in zip(pieces_of(video, num_steps), times.split(num_steps)):
+            cache = model.encode_video(**piece, video_timestamps_ms=moments, cache=cache, **options)
+        assert seen == expected_calls
+        assert cache.video_lengths == expected.video_lengths
+        # What 8 bits round to depends on the first tokens that come.
+        tolerance = 2e-2 if "quantized" in implementation else 1e-5
+        torch.testing.assert_close(read(model, cache), read(model, expected), rtol=0, atol=tolerance)
+        # A step lasts until the next one.
+        assert cache.steps_of(0).timestamps_ms.tolist() == [0, 100, 500, 600, 1500]
+        assert torch.equal(cache.steps_of(0).num_tokens, expected.steps_of(0).num_tokens)
+
+
+def test_a_moment_lasts_while_nothing_changes(model):
+    video, times = repeat_steps(make_media("video", (3, *GRID)), [2, 5, 3]), torch.arange(0, 1000, 100)
+    cache = model.encode_video(**video, video_timestamps_ms=times, video_pruning_rate=0.1)
+    (reading,) = model.locate(make_text(), cache)
+    assert reading.seconds.tolist() == pytest.approx([0, 0.2, 0.7]) and reading.weights.min() > 0
+    (moment,) = reading._replace(weights=torch.tensor([0.0, 1, 0])).moments()
+    assert (moment.start, moment.stop) == pytest.approx((0.2, 0.7))
+
+
+def test_without_pruning_no_step_is_dropped(model, seen):
+    cache = model.encode_video(**repeat_steps(make_media("video", (2, *GRID)), [4, 4]))
+    assert seen == [[8]] and cache.video_lengths == [48]
+
+
+def test_only_what_goes_on_repeats(model, seen):
+    """And only if all of its pixels are equal."""
+    still = repeat_steps(make_media("video", (1, *GRID)), [3])
+    pixels = torch.cat([still["pixel_values_videos"]] * 3)
+    pixels[4 * 24 + 23, -1] += 1e-3  # the last value of the middle step of the second video
+    pixels[6 * 24, 0] = math.nan  # equal to nothing
+    grids = torch.tensor([[3, *GRID]] * 3)
+    cache = model.encode_video(pixels, grids, video_sample_ids=torch.tensor([0] * 3), video_pruning_rate=0.5)
+    assert seen == [[1, 3, 2]]
+    assert cache.steps_of(0).num_tokens.tolist() == [6, 6, 3, 3, 6, 3]
+    # The last one goes on, until its size changes.
+    model.encode_video(**still, cache=cache)
+    turned = {"pixel_values_videos": still["pixel_values_videos"], "video_grid_thw": torch.tensor([[3, *GRID[::-1]]])}
+    model.encode_video(**turned, cache=cache)
+    assert seen[1:] == [[1]] and cache.video_lengths == [27 + 6]
+
+
+def test_a_fork_and_a_loaded_cache_go_on(model, seen, tmp_path):
+    """What was last seen is not saved: a loaded cache takes the next step as changed."""
+    still = repeat_steps(make_media("video", (1, *GRID)), [3])
+    cache = model.encode_video(**still, video_pruning_rate=0.5)
+    model.encode_video(**still, cache=cache.fork())
+    assert cache.video_lengths == [6] and seen == [[1]]
+    cache.save_pretrained(tmp_path)
+    loaded = model.encode_video(**still, cache=VambaCache.from_pretrained(tmp_path))
+    assert loaded.video_lengths == [6 + 3] and seen == [[1], [1]]
 
 
 def test_generate_takes_the_options(model):

@@ -17,6 +17,7 @@ import mixer_kernels
 import pruning
 import pytest
 import reading
+import streaming
 import training
 from transformers.utils.import_utils import is_serve_available
 
@@ -213,9 +214,24 @@ def test_pruning_has_its_figures(tmp_path, capsys):
     pruning.main(["--device", "cpu", "--frames", "70", "--output", str(tmp_path)])
     rows = json.loads((tmp_path / "pruning.json").read_text())["rows"]
     # 35 time steps of 6 tokens: the first stays whole.
-    assert [row["video_tokens"] for row in rows] == [210, 6 + 34 * 3, 6 + 34 * 2, 6 + 34, 210, 6 + 34 * 3, 210]
+    assert [row["video_tokens"] for row in rows] == [210, 6 + 34 * 3, 6 + 34 * 2, 6 + 34, 210, 6 + 34 * 3, 210] + [
+        210,
+        9 * 6,  # each of them came four times, but the last
+        6 + 8 * 3,
+    ]
     assert all(row["encode_s"] > 0 and row["question_s"] > 0 and row["decode_ms"] > 0 for row in rows)
     assert (tmp_path / "pruning.md").read_text() in capsys.readouterr().out
+
+
+def test_a_stream_stays_level(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(streaming, "POINTS", (100, 400, 2000))
+    options = ["--device", "cpu", "--frames", "1000", "--budget", "512"]
+    streaming.main([*options, "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "streaming.json").read_text())["rows"]
+    assert [(row["frames"], row["seen_tokens"]) for row in rows] == [(128, 384), (448, 1344), (1024, 3072)]
+    assert [row["video_tokens"] for row in rows] == [384, 448, 448]
+    assert all(row["frames_per_s"] > 0 and row["question_s"] > 0 for row in rows)
+    assert (tmp_path / "streaming.md").read_text() in capsys.readouterr().out
 
 
 def test_locating_has_its_figures(tmp_path, capsys):

@@ -3,6 +3,7 @@ import functools
 import http.server
 import io
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -100,7 +101,18 @@ def test_segments_are_the_video(processor, video_file, sampling, num_steps):
     assert_equal(segments, expected, num_steps)
 
 
-@pytest.mark.parametrize("segment_frames", [2, 6, 10, 12, 64])
+def test_the_first_segment_comes_in_pieces(processor, write_video):
+    path = write_video("pieces.mkv", num_frames=53)
+    expected = processor(videos=[path], return_tensors="pt", do_sample_frames=False)
+    for source, live in ((path, False), (Live(Path(path).read_bytes()), True)):
+        segments = processor.iter_video_segments(source, segment_frames=16, live=live, do_sample_frames=False)
+        assert_equal(segments, expected, [2, 2, 4, 8, 8, 2])
+    for segment_frames, num_steps in ((64, [8, 8, 10]), (12, [6, 6, 6, 6, 2])):
+        segments = processor.iter_video_segments(path, segment_frames=segment_frames, do_sample_frames=False)
+        assert_equal(segments, expected, num_steps)
+
+
+@pytest.mark.parametrize("segment_frames", [2, 6, 10, 12, 16, 64])
 @pytest.mark.parametrize("num_frames", [1, 13, 14, 25])
 def test_odd_frames_and_segments(processor, write_video, segment_frames, num_frames):
     path = write_video("odd.mp4", num_frames=num_frames)
@@ -151,6 +163,68 @@ def test_decoding_goes_on_while_patches_are_made(processor, video_file, monkeypa
     monkeypatch.setattr(video_processor, "preprocess_resized", wait)
     assert len(list(processor.iter_video_segments(video_file, num_frames=8, segment_frames=2))) == 4
     assert seen[0] >= 2 * 6  # each frame is resized twice: those of this segment, and of two more
+
+
+@pytest.fixture
+def pinned(monkeypatch):
+    """The segments that have been pinned, as if the program used CUDA; the others are not in this list."""
+    segments = []
+
+    def pin(tensor):
+        segments.append(id(copy := tensor.clone()))
+        return copy
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    return segments
+
+
+def test_segments_are_pinned_for_a_gpu(processor, video_file, pinned):
+    expected = processor(videos=[video_file], return_tensors="pt", num_frames=24)
+    assert not pinned  # a whole video may not fit
+    pixels, is_pinned = [], []
+    for segment in processor.iter_video_segments(video_file, num_frames=24, segment_frames=2):
+        pixels.append(segment["pixel_values_videos"].clone())
+        is_pinned.append(id(segment["pixel_values_videos"]) in pinned)
+        del segment
+    assert all(is_pinned) and len(is_pinned) == 12
+    assert torch.equal(torch.cat(pixels), expected["pixel_values_videos"])
+
+
+def test_who_keeps_segments_does_not_pin_them_all(processor, video_file, pinned):
+    segments = list(processor.iter_video_segments(video_file, num_frames=24, segment_frames=2))
+    is_pinned = [id(segment["pixel_values_videos"]) in pinned for segment in segments]
+    assert is_pinned == [True] * video_segments.PINNED_SEGMENTS + [False] * (12 - video_segments.PINNED_SEGMENTS)
+
+
+def test_nothing_is_pinned_where_that_makes_no_sense(processor, video_file, pinned, monkeypatch):
+    (segment,) = processor.iter_video_segments(video_file, num_frames=8, return_tensors="np")
+    assert isinstance(segment["pixel_values_videos"], np.ndarray)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    list(processor.iter_video_segments(video_file, num_frames=8))
+    assert not pinned
+
+
+def read_in_a_fork(processor, queue):
+    """Pinning memory would fail here, as all that asks CUDA for something."""
+    frames = np.zeros((4, 56, 84, 3), dtype=np.uint8)
+    (segment,) = processor.iter_video_segments(frames, do_sample_frames=False)
+    queue.put(len(segment["pixel_values_videos"]))
+
+
+@pytest.mark.gpu
+def test_pinned_memory_of_a_real_gpu_but_not_in_a_fork(processor, video_file):
+    torch.cuda.init()
+    expected = processor(videos=[video_file], return_tensors="pt", num_frames=24)
+    segments = list(processor.iter_video_segments(video_file, num_frames=24, segment_frames=12))
+    assert all(segment["pixel_values_videos"].is_pinned() for segment in segments)
+    assert_equal(segments, expected)
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=read_in_a_fork, args=(processor, queue))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0 and queue.get() == 2 * 4 * 6
 
 
 def times_of(segments):
@@ -552,7 +626,7 @@ def test_hour_of_video_is_asked_in_bounded_memory(write_video):
     outputs = json.loads(result.stdout)
     for name in ("segments", "asking"):
         print(f"growth of the peak memory over an hour of video, {name}: {outputs[name] / 1e6:.0f} MB")
-    assert outputs["num_segments"] == 57 and outputs["reply"]
+    assert outputs["num_segments"] == 59 and outputs["reply"]
     assert outputs["segments"] < MAX_GROWTH_OF_SEGMENTS
     assert outputs["asking"] < MAX_GROWTH_OF_ASKING
 

@@ -56,7 +56,8 @@ class VambaCache(Cache):
         video_pruning_rate (`float`, *optional*, defaults to 0):
             The share of each time step of a video, at least 0 and below 1, that is dropped between vision tower and
             mixers: the tokens that changed least since the time step before. The first time step of a medium stays
-            whole, and so does every image.
+            whole, and so does every image. A time step whose pixels equal those of the step before is dropped before
+            the vision tower, also with `max_video_tokens`.
         max_video_tokens (`int`, *optional*):
             The most tokens that are kept of each video; by default all. When a video is over it, an eighth becomes
             free: its newest tokens stay, and of those that are older the ones that changed most. The mixers go on as

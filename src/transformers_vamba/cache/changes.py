@@ -4,7 +4,8 @@ Which tokens of a video are worth keeping: those that changed most since the tim
 
 The cross-attention has neither mask nor positions, so any subset of a video's tokens can be read. Two options go by
 this. `video_pruning_rate` drops a share of each time step between vision tower and mixers, whose work falls with it.
-`max_video_tokens` bounds what the cache holds of a video, whose older tokens are thinned out as it goes on.
+`max_video_tokens` bounds what the cache holds of a video, whose older tokens are thinned out as it goes on. With
+either of them a time step that repeats the one before, to the bit, is dropped before the vision tower.
 """
 
 import math
@@ -57,11 +58,44 @@ class VideoChanges:
             Of each token in the cache, in order: the distance of its embedding from the one at the same place a time
             step before, less the mean distance in its time step. So a cut or a flash, which changes all places alike,
             does not outweigh what happens at one. Infinite in the first time step of a medium.
+        last_pixels (`torch.Tensor` of shape `(patches_per_step, patch_dim)`, *optional*):
+            The last time step itself. It is not saved: the first step that comes to a loaded cache counts as changed.
     """
 
     last_step: torch.Tensor | None = None
     size: tuple[int, ...] | None = None
     importance: torch.Tensor | None = None
+    last_pixels: torch.Tensor | None = None
+
+    def drop_repeats(self, media: list[Medium], device: torch.device) -> tuple[list[Medium], "VideoChanges"]:
+        """
+        Drops the time steps whose pixels are equal to those of the step before. The first one of a medium stays,
+        unless the medium goes on from what came before and is of its size.
+
+        Args:
+            media (`list[Medium]`): The images and videos of a segment.
+            device (`torch.device`): Where they are compared.
+
+        Returns:
+            `tuple[list[Medium], VideoChanges]`: What is left of the media, on this device, without those of which
+            nothing is; and the changes with the last time step.
+        """
+        left, last, last_size = [], self.last_pixels, self.size
+        for pixel_values, (num_steps, height, width), timestamps_ms, goes_on in media:
+            # A copy from pinned memory does not wait.
+            steps = pixel_values.to(device, non_blocking=True).unflatten(0, (num_steps, -1))
+            is_new = torch.ones(num_steps, dtype=torch.bool)
+            is_new[1:] = (steps[1:] != steps[:-1]).flatten(1).any(1)
+            if goes_on and last is not None and last_size == (height, width):
+                is_new[0] = not torch.equal(steps[0], last.to(steps))
+            last, last_size = steps[-1], (height, width)
+            if not is_new.all():
+                steps = steps[is_new.to(device)]
+                timestamps_ms = None if timestamps_ms is None else timestamps_ms[is_new.to(timestamps_ms.device)]
+            if len(steps):
+                left.append(Medium(steps.flatten(0, 1), (len(steps), height, width), timestamps_ms, goes_on))
+        assert last is not None  # a segment has a medium
+        return left, replace(self, last_pixels=last.detach().clone())
 
     def prune(
         self, embeds: torch.Tensor, media: list[Medium], rate: float
@@ -104,7 +138,7 @@ class VideoChanges:
             importances.append(importance.gather(1, kept).flatten())
             last_step, last_size = seen[-1], tuple(size)
         assert last_step is not None  # a segment has a medium
-        changes = VideoChanges(last_step.clone(), last_size, torch.cat(importances))
+        changes = replace(self, last_step=last_step.clone(), size=last_size, importance=torch.cat(importances))
         return torch.cat(pieces)[None], counts, changes
 
     def choose(self, max_video_tokens: int) -> torch.Tensor:
@@ -127,11 +161,11 @@ class VideoChanges:
         return replace(self, importance=self.importance[indices])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The tensors by name, if there are any."""
+        """The tensors that are saved, by name, if there are any."""
         tensors = {"last_step": self.last_step, "importance": self.importance}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def to(self, device: torch.device) -> "VideoChanges":
         """The changes on a device."""
         tensors = {name: tensor.to(device) for name, tensor in self.state_dict().items()}
-        return VideoChanges(size=self.size, **tensors)
+        return VideoChanges(size=self.size, last_pixels=self.last_pixels, **tensors)

@@ -156,6 +156,10 @@ def forecast_memory(
     cache_on_device += mixer_state_bytes(text_config, dtype)
     encoding = encoding_bytes(config, dtype, grid, segment_frames, cache_on_device, max(kept))
     encoding = max(encoding, thinning + mixer_state_bytes(text_config, dtype))
+    # With which the next time step is compared. While a segment is encoded, that of before it is held as well.
+    follows_changes = video_pruning_rate > 0 or max_video_tokens is not None
+    last_step = 4 * grid[1] * grid[2] * count_patch_values(config.vision_config) if follows_changes else 0
+    encoding += 2 * last_step
 
     reading = batch_size * num_text_tokens * text_bytes_per_token(text_config, dtype)
     if is_quantized:  # one head of one layer is converted to full size
@@ -168,7 +172,7 @@ def forecast_memory(
         choosing += batch_size * num_text_tokens * 3 * text_config.hidden_size * dtype.itemsize
         reading = max(reading, choosing)
     copied = video_layer * num_excerpt_tokens // num_tokens
-    answering = cache_on_device + text_cache + reading + text_config.num_hidden_layers * copied
+    answering = cache_on_device + last_step + text_cache + reading + text_config.num_hidden_layers * copied
     if offloading:  # the layer that is read is on the device, and the next one, before the last one is copied
         answering += 2 * video_layer - copied
     return VambaForecast(

@@ -243,7 +243,8 @@ class VambaGenerationMixin(GenerationMixin):
             video_pruning_rate (`float`, *optional*):
                 The share of each time step that a new cache drops of the video, of what changed least since the one
                 before: 0 (the default) to below 1. A call that appends goes on from the time step before it if the
-                size is the same, so a file in pieces gives the same as the whole.
+                size is the same, so a file in pieces gives the same as the whole. With this and the next option, time
+                steps that repeat the one before are dropped whole.
             max_video_tokens (`int`, *optional*):
                 The most tokens that a new cache keeps of a video, however long it goes on. See [`VambaCache`].
             video_read_share (`float`, *optional*):

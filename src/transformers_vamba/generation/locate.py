@@ -45,7 +45,7 @@ class VideoReading(NamedTuple):
     Args:
         weights (`torch.FloatTensor` of shape `(num_steps,)`):
             Shares of the steps, which sum to 1, on the CPU. Of a video that `max_video_tokens` has thinned out a step
-            of weight 0 stands for each gap.
+            of weight 0 stands for each gap. Steps that were dropped as repeats are part of the one before them.
         seconds (`torch.DoubleTensor` of shape `(num_steps,)`):
             When each step begins, in seconds after the first frame; NaN if that is not known.
     """
