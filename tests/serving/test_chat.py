@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Questions about images and videos, as OpenAI's client asks them."""
 
+import ast
 import http.server
 import io
 import json
+import re
+import subprocess
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import PIL.Image
 import pytest
 from asking import QUESTION, answer, ask, data_url, image, num_cached, text, video
+from tiny_vamba import ROOT
 
 
 ORDER = "In which order did the colours come?"
@@ -198,3 +202,40 @@ def test_models_and_health(server):
     for path in ("health", "v1/models"):
         with urllib.request.urlopen(f"{server.url}/{path}", timeout=60) as response:
             assert response.status == 200
+
+
+def test_what_the_documentation_asks(server, media_root, address, capsys):
+    """The blocks of `docs/serving.md` for curl and for OpenAI's client, about a video of the tests."""
+    names = {
+        "http://localhost:8000": server.url,
+        "https://example.org/movie.mp4": address,
+        "movie.mp4": "movement.mp4",
+    }
+    page = (ROOT / "docs" / "serving.md").read_text()
+    for name, here in names.items():
+        page = page.replace(name, here)
+    expected = [
+        answer(ask(server, video("movement.mp4", **options), text("What happens first?")))
+        for options in ({}, {"fps": 2})
+    ]
+
+    commands = [
+        command for command in re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL) if "curl" in command
+    ]
+    printed = [
+        subprocess.run(["bash", "-ec", command], cwd=media_root, capture_output=True, text=True, check=True).stdout
+        for command in commands
+    ]
+    chunks = [
+        json.loads(line.removeprefix("data: ")) for line in printed.pop(1).splitlines() if line.startswith("data: {")
+    ]
+    assert (
+        "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
+        == expected[1]
+    )
+    assert [json.loads(reply)["choices"][0]["message"]["content"] for reply in printed] == [expected[0]] * 2
+
+    exec("\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)), {})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{expected[0]} CompletionUsage(")
+    assert len(ast.literal_eval(second[second.index("[") :])) == 3
