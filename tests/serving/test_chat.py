@@ -10,6 +10,7 @@ import subprocess
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import PIL.Image
 import pytest
@@ -219,23 +220,16 @@ def test_what_the_documentation_asks(server, media_root, address, capsys):
         for options in ({}, {"fps": 2})
     ]
 
-    commands = [
-        command for command in re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL) if "curl" in command
-    ]
-    printed = [
-        subprocess.run(["bash", "-ec", command], cwd=media_root, capture_output=True, text=True, check=True).stdout
-        for command in commands
-    ]
-    chunks = [
-        json.loads(line.removeprefix("data: ")) for line in printed.pop(1).splitlines() if line.startswith("data: {")
-    ]
-    assert (
-        "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
-        == expected[1]
-    )
+    block = r"^```{}\n(.*?)^```"
+    commands = re.findall(block.format("bash"), page, re.MULTILINE | re.DOTALL)
+    run = partial(subprocess.run, cwd=media_root, capture_output=True, text=True, check=True)
+    printed = [run(["bash", "-ec", command]).stdout for command in commands if "curl" in command]
+    lines = [line for line in printed.pop(1).splitlines() if line.startswith("data: {")]
+    choices = [choice for line in lines for choice in json.loads(line.removeprefix("data: "))["choices"]]
+    assert "".join(choice["delta"].get("content") or "" for choice in choices) == expected[1]
     assert [json.loads(reply)["choices"][0]["message"]["content"] for reply in printed] == [expected[0]] * 2
 
-    exec("\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)), {})
+    exec("\n".join(re.findall(block.format("python"), page, re.MULTILINE | re.DOTALL)), {})
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{expected[0]} CompletionUsage(")
     assert len(ast.literal_eval(second[second.index("[") :])) == 3
