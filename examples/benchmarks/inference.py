@@ -20,7 +20,8 @@ theirs at once, on the GPU, in bfloat16, and these count in their peak. Their vi
 and 64 frames at a time (`pieces`), as Vamba's does, which gives the same and saves memory. A further question is
 answered on a `deepcopy` of their cache, and copying is timed with it. With `--own-pixels` each model gets as many
 pixels of so many frames as its published processor leaves by default; the table is `inference_own_pixels.md`.
-Qwen3.5 wants flash-linear-attention: without it Transformers computes its layers by slow PyTorch functions.
+Qwen3.5 needs flash-linear-attention: without it Transformers computes its layers by slow PyTorch functions. On a machine
+where it never ran, compiling and tuning its kernels takes longer than a minute, before the first figure.
 """
 
 import argparse
@@ -292,6 +293,7 @@ def measure_baseline(model, num_frames: int, patches: tuple[int, int], row: dict
         inputs["video_grid_thw"] = inputs["video_grid_thw"].to(model.device)
         inputs |= make_prompt(model, inputs["video_grid_thw"])
         row["new_length_s"] = generate(model, num_new_tokens=3, **inputs)[0]
+        print(f"  {frames:,} frames, first token after {row['new_length_s']:.2f} s", flush=True)
     row["video_tokens"] = int(inputs["mm_token_type_ids"].count_nonzero())
     reset_peak(model)
     cache = DynamicCache(config=model.config)
@@ -561,7 +563,9 @@ def main(arguments: list[str] | None = None) -> None:
         config, patches = make_config(name, tiny=not is_cuda)
         if is_cuda:
             torch.cuda.empty_cache()
+        start = time.perf_counter()
         model = load(config, attention, device)
+        print(f"{NAMES[name]}: made in {time.perf_counter() - start:.1f} s", flush=True)
         is_vamba, own_rows = name == "vamba", []
         for tower in ["pieces"] if is_vamba else towers:
             if tower == "pieces" and not is_vamba:
