@@ -20,8 +20,8 @@ theirs at once, on the GPU, in bfloat16, and these count in their peak. Their vi
 and 64 frames at a time (`pieces`), as Vamba's does, which gives the same and saves memory. A further question is
 answered on a `deepcopy` of their cache, and copying is timed with it. With `--own-pixels` each model gets as many
 pixels of so many frames as its published processor leaves by default; the table is `inference_own_pixels.md`.
-Qwen3.5 needs flash-linear-attention: without it Transformers computes its layers by slow PyTorch functions. On a machine
-where it never ran, compiling and tuning its kernels takes longer than a minute, before the first figure.
+Qwen3.5 needs flash-linear-attention: without it Transformers computes its layers by slow PyTorch functions. On a
+machine where it never ran, compiling and tuning its kernels takes longer than a minute, before the first figure.
 """
 
 import argparse
@@ -502,10 +502,11 @@ def measure_ways(model, patches: tuple[int, int], ways, options: dict, rows: lis
 
 
 def read_rows(path: Path, machine: str, models: list[str], towers: list[str]) -> list[dict]:
-    """What was measured before on this machine and day, of other models, or with another tower."""
-    results = json.loads(path.read_text()) if path.exists() else {"machine": machine, "rows": []}
-    is_ours = results["machine"] == machine
-    return [row for row in results["rows"] if is_ours and not (row["model"] in models and row["tower"] in towers)]
+    """What was measured before on this machine and day, of other models, or of the others with another tower."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    rows = results["rows"] if results.get("machine") == machine else []
+    is_replaced = [row["model"] in models and (row["model"] == "vamba" or row["tower"] in towers) for row in rows]
+    return [row for row, replaced in zip(rows, is_replaced) if not replaced]
 
 
 @contextmanager
@@ -550,7 +551,7 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := set(towers) - {"whole", "pieces"}:
         parser.error(f"--towers are `whole` and `pieces`, and got {', '.join(sorted(unknown))}.")
     machine, table = describe_machine(device), "inference_own_pixels" if args.own_pixels else "inference"
-    rows = read_rows(args.output / f"{table}.json", machine, models, ["pieces"] if models == ["vamba"] else towers)
+    rows = read_rows(args.output / f"{table}.json", machine, models, towers)
     torch.manual_seed(0)
 
     def write():

@@ -57,6 +57,9 @@ def test_models_can_be_measured_one_by_one(tmp_path):
     assert [row["size"] for row in results["rows"]] == ["640x352"] * 3
     path.write_text(json.dumps(results | {"machine": "another"}))
     assert inference.read_rows(path, results["machine"], [], []) == []
+    rows = [{"model": name, "tower": "pieces"} for name in ("vamba", "qwen2-vl")]
+    path.write_text(json.dumps({"machine": "this", "rows": rows}))
+    assert inference.read_rows(path, "this", ["vamba", "qwen2-vl"], ["whole"]) == rows[1:]
     with pytest.raises(SystemExit):
         inference.main(["--towers", "halves"])
 
