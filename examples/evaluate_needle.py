@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a Vamba model remembers: one event, and the order of two, in videos of a minute to three hours.
 
-    python examples/evaluate_needle.py --model PATH_OR_NAME --output results
+    python examples/evaluate_needle.py --model PATH_OR_NAME --output results --processes 4
 
 The videos are those of `synthetic_videos.py`, stretched: for almost all of their time nothing but a few white flashes
 happens. Two questions are asked, each of videos of its own:
@@ -16,6 +16,8 @@ maps over the length of the video, are written anew after every length.
 import argparse
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -82,8 +84,9 @@ TESTS = {
 
 
 def encode(model, processor, video: SyntheticVideo):
-    """Draws and encodes the video, a segment at a time."""
-    scene, cache = pack_videos([video]), None
+    """Draws and encodes the video, a segment at a time, on the model's device."""
+    scene = {name: numbers.to(model.device) for name, numbers in pack_videos([video]).items()}
+    cache = None
     for start in range(0, video.num_frames, SEGMENT_FRAMES):
         frames = render_frames(scene, start, min(start + SEGMENT_FRAMES, video.num_frames))
         inputs = processor.video_processor([frames[0]], do_sample_frames=False, return_tensors="pt")
@@ -91,17 +94,21 @@ def encode(model, processor, video: SyntheticVideo):
     return cache
 
 
-def measure(model, processor, kind: str, num_frames: int, share: float, num_samples: int) -> float:
-    """The share of right answers to the question of a test."""
+def prepare(path, device) -> None:
+    """Loads the model in a process of its own."""
+    global model, processor
+    torch.set_num_threads(1)
+    model, processor = load(path, device)
+
+
+def measure(task: tuple[str, int, float, int]) -> bool:
+    """Whether the question of a test about one video is answered right."""
+    kind, num_frames, share, sample = task
     make, question, _ = TESTS[kind]
-    right = 0
-    for sample in range(num_samples):
-        seed = [SEED, list(TESTS).index(kind), num_frames, round(1000 * share), sample]
-        video = make(seed, num_frames, share)
-        text = QUESTIONS[question][sample % len(QUESTIONS[question])]
-        cache = encode(model, processor, video)
-        right += is_right(kind, video, answer(model, processor, cache, text, max_new_tokens=32))
-    return right / num_samples
+    video = make([SEED, list(TESTS).index(kind), num_frames, round(1000 * share), sample], num_frames, share)
+    text = QUESTIONS[question][sample % len(QUESTIONS[question])]
+    cache = encode(model, processor, video)
+    return is_right(kind, video, answer(model, processor, cache, text, max_new_tokens=32))
 
 
 def write_results(folder: Path, results: dict) -> None:
@@ -141,24 +148,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shares", default="0,0.25,0.5,0.75,1", help="depths of the event, distances of the two")
     parser.add_argument("--samples", type=int, default=8, help="videos a cell")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("needle"))
     args = parser.parse_args(arguments)
 
-    model, processor = load(args.model, args.device)
     shares = [float(share) for share in args.shares.split(",")]
     frames = [2 * round(30 * float(minutes) * args.fps) for minutes in args.minutes.split(",")]
     if min(frames) < 24:
         raise SystemExit(f"The stories need at least 24 frames, got lengths of {frames}: raise --minutes or --fps.")
     results = {"model": Path(args.model).name, "fps": args.fps, "samples": args.samples}
     results |= {"frames": frames, "shares": shares, **{kind: [] for kind in TESTS}}
-    for num_frames in frames:
-        for kind in TESTS:
-            start = time.perf_counter()
-            recall = [measure(model, processor, kind, num_frames, share, args.samples) for share in shares]
-            results[kind].append(recall)
-            seconds = (time.perf_counter() - start) / (len(shares) * args.samples)
-            print(f"{kind}, {num_frames:,} frames: {recall} ({seconds:.1f} s a video)", flush=True)
-        write_results(args.output, results)
+    cells = (len(shares), args.samples)
+    with ProcessPoolExecutor(args.processes, get_context("spawn"), prepare, (args.model, args.device)) as pool:
+        for num_frames in frames:
+            for kind in TESTS:
+                start = time.perf_counter()
+                tasks = [(kind, num_frames, share, sample) for share in shares for sample in range(args.samples)]
+                recall = np.reshape([*pool.map(measure, tasks)], cells).mean(1).round(4).tolist()
+                results[kind].append(recall)
+                seconds = time.perf_counter() - start
+                print(f"{kind}, {num_frames:,} frames: {recall} ({seconds:.0f} s)", flush=True)
+            write_results(args.output, results)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_lora_teaches_the_name_of_a_colour(tmp_path, monkeypatch):
     assert not any("white" in given for given in answers(TINY_CHECKPOINT, tmp_path, unseen))
 
     trainer = finetune_lora_trl.main(
-        ["--videos", write_metadata(tmp_path, rows), "--output_dir", str(tmp_path / "merged"), "--max_steps", "24"]
+        ["--videos", write_metadata(tmp_path, rows), "--output_dir", str(tmp_path / "merged"), "--max_steps", "30"]
         + ["--learning_rate", "3e-3", "--lr_scheduler_type", "linear", "--per_device_train_batch_size", "8"]
         + ["--lora_rank", "8", "--save_strategy", "no", *CPU, *QUICK]
     )
