@@ -88,7 +88,7 @@ def test_the_others_are_measured_doing_the_same(name):
         inference.run_in_pieces(model.model.visual)
         torch.testing.assert_close(dict(model.model.visual(**inputs)), dict(whole), atol=1e-6, rtol=1e-5)
 
-    # After more time steps than a frame has rows, Transformers' Qwen2-VL has other positions with a cache than without.
+    # If it has more time steps than rows of a frame, Transformers' Qwen2-VL has other positions with a cache than without.
     video = inference.make_pixels(model, 6, patches, "cpu")
     prompt = inference.make_prompt(model, video["video_grid_thw"])
     cache = DynamicCache(config=config)
