@@ -88,7 +88,8 @@ def test_the_others_are_measured_doing_the_same(name):
         inference.run_in_pieces(model.model.visual)
         torch.testing.assert_close(dict(model.model.visual(**inputs)), dict(whole), atol=1e-6, rtol=1e-5)
 
-    # If it has more time steps than rows of a frame, Transformers' Qwen2-VL has other positions with a cache than without.
+    # Of a video with more time steps than a frame has rows, Transformers counts Qwen2-VL's positions otherwise
+    # with a cache than without.
     video = inference.make_pixels(model, 6, patches, "cpu")
     prompt = inference.make_prompt(model, video["video_grid_thw"])
     cache = DynamicCache(config=config)
