@@ -11,6 +11,7 @@ import argparse
 import html
 import json
 import logging
+import math
 import os
 import shutil
 import threading
@@ -24,12 +25,12 @@ from urllib.parse import urlsplit
 
 import gradio as gr
 import torch
-from ask_video import TINY_MODEL, VIDEO_CACHES, WEIGHT_BITS, forecast, free_memory, load
+from ask_video import TINY_MODEL, VIDEO_CACHES, WEIGHT_BITS, check_sampling, forecast, free_memory, load
 from find_moment import answer_with_reading, clock, draw, frames_of, strongest_moments
 from synthetic_videos import sample_video, write_mp4
 from transformers import TextIteratorStreamer
 
-from transformers_vamba import VambaCache
+from transformers_vamba import VambaCache, VambaProcessor
 from transformers_vamba.video.download import SourceLimits, download
 from transformers_vamba.video.sources import errors_of, is_remote
 
@@ -435,9 +436,16 @@ def main(arguments=None):
     parser.add_argument("--max-gib", type=float, default=1.0, help="greatest size of a file or download")
     parser.add_argument("--share", action="store_true", help="a public link, through Gradio's servers")
     args = parser.parse_args(arguments)
+    options = {"num_frames": args.num_frames, "fps": args.fps, "segment_frames": args.segment_frames}
+    try:
+        for name in ("cache_gib", "max_gib"):
+            if not 0 < getattr(args, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be a positive number, got {getattr(args, name)}")
+        check_sampling(VambaProcessor.from_pretrained(args.model), **options)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
     model, processor = load(args.model, args.device, args.weight_bits)
-    options = {"num_frames": args.num_frames, "fps": args.fps, "segment_frames": args.segment_frames}
     max_bytes = int(args.max_gib * 2**30)
     limits = SourceLimits(max_bytes=max_bytes, max_seconds=600, timeout=20, allow_private=False)
     page = Page(model, processor, {**options, "video_cache": args.video_cache}, int(args.cache_gib * 2**30), limits)

@@ -23,11 +23,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import ray
 import ray.data
 import torch
-from ask_video import add_model_arguments, encode, encoding_options, load
+from ask_video import add_model_arguments, check_sampling, encode, encoding_options, load
 from library_files import AnswerFolder, VideoError, read_questions
 from tqdm.auto import tqdm
 from transformers.utils import cached_file
@@ -221,8 +220,7 @@ def prepare(args) -> tuple[dict, dict, dict]:
     encoding = encoding_options(args, processor)
     sampling = {name: encoding.pop(name, None) for name in ("num_frames", "fps", "size")}
     sampling = {name: value for name, value in sampling.items() if value is not None}
-    blank = np.zeros((2, 28, 28, 3), np.uint8)
-    processor.iter_video_segments(blank, segment_frames=encoding["segment_frames"], **sampling)
+    check_sampling(processor, segment_frames=encoding["segment_frames"], **sampling)
     kept = {name: encoding[name] for name in ("video_pruning_rate", "max_video_tokens")}
     VambaCache(VambaConfig.from_pretrained(model), video_cache_implementation=encoding["video_cache"], **kept)
     settings = {"model": identify(model), "weight_bits": args.weight_bits, "max_new_tokens": args.max_new_tokens}
@@ -238,7 +236,7 @@ def main(arguments=None):
     questions = read_questions(args.library, args.questions)
     try:
         decoder, answerer, settings = prepare(args)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
 
     folder = AnswerFolder(args.output)

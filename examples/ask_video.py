@@ -12,6 +12,7 @@ import itertools
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -135,6 +136,17 @@ def check_memory(path, video, device, options):
         raise SystemExit("\n".join(["It does not fit. What would:", *lines] if ways else ["It does not fit."]))
 
 
+def at_least_one(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def check_sampling(processor, **options):
+    """Raises a `ValueError` for options of `iter_video_segments` that no video can be read with."""
+    processor.iter_video_segments(np.zeros((2, 28, 28, 3), np.uint8), **options)
+
+
 def add_model_arguments(parser):
     """The checkpoint, how its weights are held, and what [`encoding_options`] reads."""
     parser.add_argument(
@@ -142,7 +154,7 @@ def add_model_arguments(parser):
     )
     parser.add_argument("--num-frames", type=int, help="how many frames to look at (default: the processor's)")
     parser.add_argument("--fps", type=float, help="or how many a second")
-    parser.add_argument("--longest-edge", type=int, help="pixels to which a larger frame is shrunk")
+    parser.add_argument("--longest-edge", type=at_least_one, help="pixels to which a larger frame is shrunk")
     parser.add_argument("--segment-frames", type=int, default=64, help="frames that are encoded at a time")
     parser.add_argument("--video-cache", choices=VIDEO_CACHES, help="8 bits, or the host's memory, or both")
     parser.add_argument("--pruning-rate", type=float, default=0.0, help="share of the video's tokens to drop")
@@ -155,7 +167,7 @@ def encoding_options(args, processor):
     options = {"num_frames": args.num_frames, "fps": args.fps, "segment_frames": args.segment_frames}
     options |= {"video_cache": args.video_cache, "video_pruning_rate": args.pruning_rate}
     options["max_video_tokens"] = args.max_video_tokens
-    if args.longest_edge:
+    if args.longest_edge is not None:
         options["size"] = frame_size(processor, args.longest_edge)
     return options
 

@@ -48,7 +48,9 @@ MAX_ATTEMPTS = 3  # with a video whose worker is killed each time
 def read_questions(library: Path, questions: list[str]) -> pa.Table:
     """The table of questions: that of a file, or each of `questions` about each video in a folder."""
     if library.is_dir():
-        return ask_each(library, questions)
+        table = ask_each(library, questions)
+        check_columns(library, table)
+        return table
     readers = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": pq.read_table}
     if library.suffix.lower() not in readers:
         raise SystemExit(f"{library} is neither a folder of videos nor a table: {', '.join(readers)}.")
@@ -56,7 +58,7 @@ def read_questions(library: Path, questions: list[str]) -> pa.Table:
         raise SystemExit(f"{library} has the questions already. Those of the command line go with a folder of videos.")
     try:
         table = readers[library.suffix.lower()](library)
-    except (OSError, UnicodeError, csv.Error, pa.ArrowException) as error:
+    except (OSError, UnicodeError, pa.ArrowException) as error:
         raise SystemExit(f"{library} could not be read: {error}") from error
     check_columns(library, table)
     return table
@@ -74,16 +76,21 @@ def ask_each(folder: Path, questions: list[str]) -> pa.Table:
         return pa.table(list(zip(*pairs)), names=list(COLUMNS))
     except UnicodeError as error:
         raise SystemExit(
-            f"{folder} has a file whose name is not UTF-8, and cannot stand in a table: {error}"
+            f"The name of a file in {folder}, or a question, is not UTF-8, and cannot stand in a table: {error}"
         ) from error
 
 
 def read_csv(path: Path) -> pa.Table:
     """All columns as text, as they stand in the file."""
     with open(path, encoding="utf-8-sig", newline="") as file:  # spreadsheets put a mark before the first column
-        reader = csv.reader(file)
-        names = next(reader, [])
-        rows = [row for row in reader if row]
+        reader = csv.reader(file, strict=True)  # a quote without its end would take all rows after it
+        try:
+            names = next(reader, [])
+            rows = [row for row in reader if row]
+        except csv.Error as error:
+            raise SystemExit(
+                f"{path}: line {reader.line_num} could not be read: {error}. Is a quote left open before it?"
+            ) from error
     for number, row in enumerate(rows, start=1):
         if len(row) != len(names):
             raise SystemExit(f"{path}: row {number} has {len(row)} fields, and there are {len(names)} columns: {row}")
@@ -103,6 +110,8 @@ def read_jsonl(path: Path) -> pa.Table:
                 raise SystemExit(
                     f"{path}: line {number} is not JSON: {error.msg}, at character {error.pos + 1}"
                 ) from error
+            except (ValueError, RecursionError) as error:  # numbers of too many digits, or too many brackets
+                raise SystemExit(f"{path}: line {number} cannot be read: {error}") from error
             if not isinstance(rows[-1], dict):
                 raise SystemExit(f"{path}: line {number} is not a JSON object: {line.strip()[:100]}")
     columns = {}
@@ -130,6 +139,17 @@ def check_columns(path: Path, table: pa.Table) -> None:
         for number, value in enumerate(table[name].to_pylist(), start=1):
             if not isinstance(value, str) or not value.strip():
                 raise SystemExit(f"{path}: row {number} needs text as its {name!r}, got {value!r}.")
+    check_can_be_kept(path, table)
+
+
+def check_can_be_kept(path: Path, table: pa.Table) -> None:
+    """Ends the program if parquet does not know the type of a column: it would be written after the last answer."""
+    file = pa.BufferOutputStream()
+    try:
+        pq.write_table(table.slice(0, 0), file)
+        pq.read_schema(pa.BufferReader(file.getvalue()))
+    except (OSError, pa.ArrowException) as error:
+        raise SystemExit(f"{path} has a column that cannot be kept in parquet: {error}") from error
 
 
 def locate_source(video: str, folder: Path) -> str:
@@ -156,7 +176,13 @@ class AnswerFolder:
     def check_is_ours(self, settings: dict) -> None:
         """Ends the program if the folder is of another run, or of something else."""
         if self.described.exists():
-            earlier = json.loads(self.described.read_text())
+            try:
+                earlier = dict(json.loads(self.described.read_text()))
+            except (OSError, TypeError, ValueError, RecursionError) as error:
+                raise SystemExit(
+                    f"{self.described} does not say what the answers in {self.path} depend on ({error}). Name another "
+                    "--output."
+                ) from error
             changed = [name for name in {**earlier, **settings} if earlier.get(name) != settings.get(name)]
             if changed:
                 lines = [f"    {name}: {earlier.get(name)!r} there, {settings.get(name)!r} now" for name in changed]
@@ -172,14 +198,16 @@ class AnswerFolder:
     def opened(self, settings: dict):
         """Makes the folder, or goes on with it, and keeps other runs out of it within the block."""
         self.check_is_ours(settings)
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout as error:
             raise SystemExit(
                 f"Another run is writing to {self.path}. Wait for it, or name another --output."
             ) from error
+        except OSError as error:
+            raise SystemExit(f"{self.path} cannot be written to: {error.strerror}. Name another --output.") from error
         try:
             for left_over in self.path.rglob(".*.partial"):
                 left_over.unlink()

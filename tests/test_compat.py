@@ -21,6 +21,7 @@ from transformers_vamba.training.trainer import VambaTrainer
 # The private names of other packages that this one overrides or reads, with the reason. Those that every modeling file
 # of Transformers has, such as `_init_weights` or `_no_split_modules`, are left out: its common tests check them.
 OVERRIDDEN = {
+    (PreTrainedModel, "_load_pretrained_model"): "kernels are compiled while the weights are read",
     (PreTrainedModel, "_set_gradient_checkpointing"): "lets layers checkpoint their parts; nothing public comes after",
     (GenerationMixin, "_prepare_cache_for_generation"): "videos go into the cache before rows are repeated",
     (GenerationMixin, "_expand_inputs_for_generation"): "beams and samples share their videos",

@@ -81,6 +81,8 @@ def test_a_video_brings_its_own_sampling(processor, video_file, options, samplin
         ({"type": "video", "video": "a.mp4", "video_start": 3.0}, "may bring .*fps.*, got video_start"),
         ({"type": "video", "video": "a.mp4", "fps": -1.0}, "`fps` must be a positive number, got -1.0"),
         ({"type": "video", "video": "a.mp4", "fps": 1.0, "nframes": 4}, "mutually exclusive"),
+        ({"type": "video", "video": "a.mp4", "num_frames": 8, "nframes": 4}, "brings `num_frames` twice"),
+        ({"type": "video_url", "video_url": {"url": "a.mp4", "fps": 1.0}, "fps": 2.0}, "brings `fps` twice"),
         ({"type": "video", "video": "a.mp4", "path": "b.mp4"}, "must have one of .*, got video and path"),
         ({"type": "image", "url": "a.png", "max_pixels": 100}, "brings no max_pixels for itself"),
         ({"type": "movie", "movie": "a.mp4"}, "must be of one of the types .*video.*, got 'movie'"),

@@ -52,6 +52,8 @@ def test_sampling_by_count(total, num_frames, expected):
         (24, 8.0, 2, [2, 6, 10, 14, 18, 22]),
         (24, 8.0, 100, list(range(24))),
         (24, 8.0, 0.01, [11]),
+        (24, 8.0, 1e-300, [11]),
+        (24, 8.0, 5e-324, [11]),
         (24, 8.0, 1.0, [4, 12]),
         (60, 30.0, 1.0, [15, 45]),
         # 0.3 intervals a second over 20 seconds are 6 intervals, but 6.000000000000001 or 5.99 in floating point

@@ -70,16 +70,20 @@ def plain_image(part: Mapping) -> dict:
 
 def plain_video(part: Mapping) -> dict:
     source, key = find_source(part, VIDEO_KEYS)
-    given = {name: value for name, value in part.items() if name not in ("type", *VIDEO_KEYS) and value is not None}
+    given = [(name, value) for name, value in part.items() if name not in ("type", *VIDEO_KEYS) and value is not None]
     if isinstance(part.get(key), Mapping) and "url" in part[key]:
-        given |= {name: value for name, value in part[key].items() if name != "url" and value is not None}
-    if unknown := sorted(set(given) - set(VIDEO_OPTIONS)):
+        given += [(name, value) for name, value in part[key].items() if name != "url" and value is not None]
+    if unknown := sorted({name for name, _ in given} - set(VIDEO_OPTIONS)):
         raise ValueError(
             f"A video in a message may bring {', '.join(VIDEO_OPTIONS)} for itself, got {', '.join(unknown)}."
         )
     if source is None:
         return {"type": "video"}
-    options = {VIDEO_OPTIONS[name]: value for name, value in given.items()}
+    options: dict = {}
+    for name, value in given:
+        known = options.setdefault(VIDEO_OPTIONS[name], value)
+        if known is not value and known != value:
+            raise ValueError(f"A video in a message brings `{VIDEO_OPTIONS[name]}` twice, with other values.")
     return {"type": "video", "video": VideoWithOptions(source, options) if options else source}
 
 

@@ -60,9 +60,10 @@ from .inputs.checks import adapter_names_explained, check_no_media_expected, che
 from .inputs.media import Medium, count_tokens, distinct_videos, group_media_by_row, split_into_segments
 from .inputs.packing import lengths_of_samples, split_marks, starts_of_samples
 from .inputs.text import make_masks, resolve_positions
+from .layers.compile_ahead import Purpose, start_compiling
 from .layers.decoder import VambaDecoderLayer
 from .layers.loss import count_items, loss_without_logits
-from .layers.mixer import VambaMixer
+from .layers.mixer import VambaHubScan, VambaMixer
 from .layers.video_context import VideoContext
 from .layers.vision import SEGMENT_FRAMES, VambaVisionModel
 from .parallel.devices import execution_device
@@ -83,7 +84,7 @@ logger = logging.get_logger(__name__)
 
 class VambaPreTrainedModel(CheckpointingMixin, Qwen2VLPreTrainedModel):
     config: VambaConfig
-    _no_split_modules = ["VambaDecoderLayer", "Qwen2VLVisionBlock"]
+    _no_split_modules = ["VambaDecoderLayer", "VambaVisionBlock"]
     _skip_keys_device_placement = list(CACHE_NAMES)
 
     def set_sequence_parallel_group(self, group: ProcessGroup | None) -> None:
@@ -106,6 +107,16 @@ class VambaPreTrainedModel(CheckpointingMixin, Qwen2VLPreTrainedModel):
         for module in self.modules():
             if isinstance(module, VambaModel):
                 module.sequence_parallel_group = group
+
+    def set_use_kernels(self, *args, **kwargs):
+        """
+        Like [`PreTrainedModel.set_use_kernels`]: the mixers scan with the Hub's kernel from now on, for tensors on the
+        type of device that the model is on now, unless `mamba_implementation` asks for another.
+        """
+        super().set_use_kernels(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, VambaHubScan):
+                module.device_type = self.device.type
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -134,6 +145,16 @@ class VambaPreTrainedModel(CheckpointingMixin, Qwen2VLPreTrainedModel):
         if kwargs.get("state_dict") is None:
             check_complete(cls, pretrained_model_name_or_path, info["missing_keys"])
         return model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        # Reading the weights takes longer than compiling what the first video needs.
+        devices = [torch.device(place) for place in (load_config.device_map or {}).values() if place != "disk"]
+        if isinstance(model.base_model, VambaModel) and any(device.type == "cuda" for device in devices):
+            model.base_model.compile_ahead(next(each for each in devices if each.type == "cuda"), waits=False)
+        return Qwen2VLPreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
 
 
 class VambaTextModel(VambaPreTrainedModel):
@@ -268,6 +289,7 @@ class VambaModel(VambaPreTrainedModel):
         self.visual = VambaVisionModel._from_config(config.vision_config)
         self.language_model = VambaTextModel._from_config(config.text_config)
         self.sequence_parallel_group: ProcessGroup | None = None
+        self._purposes: set[Purpose] = set()  # that kernels have been compiled for
         self.post_init()
 
     get_image_features = Qwen2VLModel.get_image_features
@@ -279,6 +301,21 @@ class VambaModel(VambaPreTrainedModel):
 
     def _hand_to_decoder(self, embeds: torch.Tensor) -> torch.Tensor:
         return embeds.to(execution_device(self.language_model), self.language_model.dtype)[None]
+
+    def compile_ahead(self, device: torch.device, waits: bool = True, **purpose: bool) -> None:
+        """
+        Starts to compile the kernels for a [`Purpose`] in the background, unless that has been done. With `waits` it
+        returns when it is known which these are, so that nobody compiles one of them a second time.
+        """
+        dtype = self.dtype
+        wanted = Purpose(dtype, device, **purpose)
+        is_mixed = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != dtype
+        if device.type != "cuda" or is_mixed or wanted in self._purposes:
+            return
+        self._purposes.add(wanted)
+        planning = start_compiling(self.config, wanted)
+        if waits:
+            planning.join()
 
     def encode_media(
         self,
@@ -294,6 +331,8 @@ class VambaModel(VambaPreTrainedModel):
         """
         cache.check_fits(self.config.text_config)
         rows = list(cache.resolve_rows(len(media)))
+        is_quantized = cache.video_cache_implementation.endswith("quantized")
+        self.compile_ahead(execution_device(self.visual), is_quantized=is_quantized)
         max_steps = max(1, segment_frames // self.config.vision_config.temporal_patch_size)
         with cache.keeping_videos():
             for row, row_media in enumerate(media):
@@ -419,6 +458,7 @@ class VambaModel(VambaPreTrainedModel):
         videos, rows = distinct_videos(media)
         lengths = [count_tokens(video, self.config.vision_config.spatial_merge_size) for video in videos]
         group = self.sequence_parallel_group if is_read else None
+        self.compile_ahead(execution_device(self.visual), is_training=torch.is_grad_enabled())
         embeds = self.visual.encode_with_gradient(list(itertools.chain(*videos)))
         context = VideoContext(rows, text_lengths, is_packed, lengths=lengths, group=group, is_read=is_read)
         return {"video_states": self._hand_to_decoder(embeds), "video_context": context}

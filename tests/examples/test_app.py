@@ -259,6 +259,24 @@ def test_another_video_stops_the_first(make_page, videos):
     assert list(page.watch(None, session))[-1] == ("<p>No video yet.</p>", []) and not page.shelf.videos
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--segment-frames", "0"], "multiple of 2"),
+        (["--num-frames", "8", "--fps", "1"], "mutually exclusive"),
+        (["--fps", "nan"], "`fps` must be a positive number, got nan"),
+        (["--cache-gib", "nan"], "--cache-gib must be a positive number, got nan"),
+        (["--max-gib", "-1"], "--max-gib must be a positive number, got -1.0"),
+        (["--model", "checkpoints/nothing"], "checkpoints/nothing"),
+    ],
+)
+def test_options_that_are_wrong(capsys, arguments, error):
+    """Said before anything is loaded, and not to each visitor."""
+    with pytest.raises(SystemExit):
+        app.main(arguments)
+    assert error in capsys.readouterr().err
+
+
 def test_what_the_page_says_of_the_model(make_page, tmp_path):
     model = make_page().model
     assert "98.7%" in app.describe_model(TINY_MODEL, model) and "cannot" in app.describe_model(TINY_MODEL, model)

@@ -290,6 +290,14 @@ def test_a_folder_of_videos(library):
         ("q.csv", "video,question,x,x\na.mp4,Who?,1,2\n", r"several \['x'\]"),
         ("q.csv", b"video,question\na.mp4,\xff?\n", "could not be read: 'utf-8'"),
         ("q.csv", "video,question\na.mp4,%s\n" % ("?" * 200_000), "field larger than field limit"),
+        (
+            "q.csv",
+            'video,question\na.mp4,"Who?\nb.mp4,Who?\n',
+            "line 3 could not be read: unexpected end of data. Is a quote",
+        ),
+        ("q.jsonl", '{"video": "a.mp4", "x": 1%s}\n' % ("0" * 5000), "line 1 cannot be read: Exceeds the limit"),
+        ("q.jsonl", '{"video": "a.mp4", "x": %s}\n' % ("[" * 10**6), "line 1 cannot be read: maximum recursion"),
+        ("q.jsonl", '{"video": "a", "question": "b", "x": {}}\n', "a column that cannot be kept in parquet: .*'x'"),
         ("q.jsonl", '{"video": "a.mp4", "question": "Who?"}\n{"video": \n', "line 2 is not JSON: .*, at character 12"),
         ("q.jsonl", '["a.mp4", "Who?"]\n', "line 1 is not a JSON object"),
         ("q.jsonl", '{"video": "a.mp4", "question": 1}\n', "row 1 needs text as its 'question', got 1"),
@@ -312,10 +320,12 @@ def test_questions_that_are_wrong(library, tmp_path):
         read_questions(library / "questions.csv", ["Who?"])
     with pytest.raises(SystemExit, match="Name the questions about each"):
         read_questions(library / "videos", [])
+    with pytest.raises(SystemExit, match="row 1 needs text as its 'question', got ' '"):
+        read_questions(library / "videos", [" "])
     with pytest.raises(SystemExit, match="has no videos"):
         read_questions(tmp_path, ["Who?"])
     (tmp_path / "\udcff.mp4").touch()
-    with pytest.raises(SystemExit, match="whose name is not UTF-8"):
+    with pytest.raises(SystemExit, match="The name of a file in .* is not UTF-8"):
         read_questions(tmp_path, ["Who?"])
     with pytest.raises(SystemExit, match="could not be read.*No such file"):
         read_questions(tmp_path / "q.csv", [])
@@ -340,6 +350,14 @@ def test_the_folder_of_another_run(folder, tmp_path):
         AnswerFolder(tmp_path).check_is_ours(SETTINGS)
     with pytest.raises(SystemExit, match="is a file"):
         AnswerFolder(tmp_path / "notes.txt").check_is_ours(SETTINGS)
+    for path in (tmp_path / "notes.txt" / "answers", Path("/proc/answers")):
+        with pytest.raises(SystemExit, match=f"{path} cannot be written to: .*. Name another --output."):
+            with AnswerFolder(path).opened(SETTINGS):
+                pass
+    for content in (b"", b"[1]", b"null", b"\xff"):
+        (tmp_path / "run.json").write_bytes(content)
+        with pytest.raises(SystemExit, match="run.json does not say what the answers in .* depend on"):
+            AnswerFolder(tmp_path).check_is_ours(SETTINGS)
     (folder.parts / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(SystemExit, match="a.parquet is damaged: remove it"):
         folder.read()
@@ -405,6 +423,8 @@ def test_a_cluster_that_is_not_there(monkeypatch):
     [
         (["--fps", "1", "--num-frames", "8"], "mutually exclusive"),
         (["--pruning-rate", "1"], "video_pruning_rate"),
+        (["--longest-edge", "0"], "--longest-edge: must be at least 1, got 0"),
+        (["--model", "checkpoints/nothing"], "checkpoints/nothing"),
         (["--models", "0"], "--models must be at least 1, got 0"),
         (["--segment-frames", "3"], "multiple of 2"),
     ],

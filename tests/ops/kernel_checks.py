@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 What the Triton kernels give, and their gradients, against the definitions in float64: a scan, a convolution, a gated
-norm, the tower's activation, rotations, attention of few queries, and parts of a decoding step.
+norm, the tower's activation, rotations, branches of a residual stream, attention of few queries, and parts of a
+decoding step.
 
 As a program it checks the Triton kernels on a CPU, with Triton's interpreter: `TRITON_INTERPRET=1` must be set before
 Triton is imported, hence a process of its own.
@@ -9,23 +10,29 @@ Triton is imported, hence a process of its own.
 
 import torch
 from reference_vamba import reference_scan
-from torch.nn.functional import conv1d, silu, softplus
+from torch.nn.functional import conv1d, layer_norm, rms_norm, silu, softplus
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
 
 from transformers_vamba.ops import (
     activation,
+    branch,
     convolution_kernels,
     flash_decoding,
+    float8,
     gated_norm,
+    gelu_linear,
     rotary,
     scan_kernels,
     step_kernels,
     triton_support,
 )
 from transformers_vamba.ops.activation import quick_gelu
+from transformers_vamba.ops.branch import can_fuse_branch, close_branch, open_branch
 from transformers_vamba.ops.convolution import convolve
 from transformers_vamba.ops.flash_decoding import can_flash_decode, flash_decode
+from transformers_vamba.ops.float8 import round_gated_norm, round_rows
 from transformers_vamba.ops.gated_norm import gated_rms_norm
+from transformers_vamba.ops.gelu_linear import quick_gelu_linear
 from transformers_vamba.ops.quantized_attention import quantize
 from transformers_vamba.ops.rotary import rotate_patches, rotate_text
 from transformers_vamba.ops.scan import scan
@@ -60,7 +67,16 @@ DECODINGS = [
     (2, 130, 65, 16, True, False),
 ]
 STEPS = [(1, 1, 64, 96), (3, 1, 40, 200), (2, 8, 256, 70)]  # rows, tokens, hidden size, size of the MLP
+# Rows, tokens, channels, channels within the branch, whether there is a LayerNorm, and whether the product has a bias.
+BRANCHES = [(1, 7, 96, 40, True, True), (2, 3, 64, 130, False, False), (1, 5, 40, 16, True, False)]
+ACTIVATED = [(37, 40, 72), (300, 64, 136)]  # rows, inputs, outputs
+ROUNDINGS = [(7, 96), (3, 64), (30, 1280), (2, 7168)]  # tokens, channels
 NORMS = [(20, 96, 48), (3, 64, 64), (600, 40, 40)]  # tokens, channels, channels per group
+
+
+def has_capability(*capability: int) -> bool:
+    """Whether there is a GPU of this generation or a later one: Ada (8, 9) has float8, Hopper (9, 0) tensor maps."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= capability
 
 
 def worst(found: list[float]) -> float:
@@ -164,6 +180,77 @@ def tower_errors(num_patches, num_heads, head_dim, device="cpu", dtype=torch.flo
     return errors(outputs, ours, expected, [hidden_states, reference])
 
 
+@torch.no_grad()
+def branch_errors(
+    num_rows, num_tokens, num_channels, num_inner, is_layer_norm, has_bias, device="cpu", dtype=torch.float32
+) -> list[float]:
+    """Of the normed states, and of the whole branch."""
+    torch.manual_seed(0)
+    options = {"device": device, "dtype": dtype}
+    norm = (torch.nn.LayerNorm if is_layer_norm else torch.nn.RMSNorm)(num_channels, eps=1e-5, **options)
+    linear = torch.nn.Linear(num_inner, num_channels, bias=has_bias, **options)
+    for parameter in norm.parameters():
+        parameter.normal_(1, 0.3)
+    states = 2 + torch.randn(num_rows, num_tokens, num_channels, **options)
+    inner = torch.randn(num_rows, num_tokens, num_inner, **options)
+    before = states.clone()
+    assert can_fuse_branch(states, torch.nn.Sequential(linear), norm, linear)
+    normed, total = open_branch(states, norm, linear)
+    outputs = close_branch(total, inner, linear)
+    assert torch.equal(states, before) and outputs.dtype == dtype
+    expected = before.double() + inner.double() @ linear.weight.double().T
+    if has_bias:
+        expected += linear.bias.double()
+    pairs = [(normed, norm.double()(before.double())), (outputs, expected)]
+    return [((found.double() - expected).norm() / expected.norm()).item() for found, expected in pairs]
+
+
+@torch.no_grad()
+def activated_errors(num_rows, num_inputs, num_outputs, device="cpu", dtype=torch.float16) -> list[float]:
+    """Of a linear layer with the activation after it."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(num_inputs, num_outputs, device=device, dtype=dtype)
+    states = 2 * torch.randn(num_rows, num_inputs, device=device, dtype=dtype)
+    found = quick_gelu_linear(states, linear)
+    expected = states.double() @ linear.weight.double().T + linear.bias.double()
+    expected = expected * torch.sigmoid(1.702 * expected)
+    assert found.dtype == dtype
+    return [((found.double() - expected).norm() / expected.norm()).item()]
+
+
+@torch.no_grad()
+def rounding_errors(num_tokens, num_channels, device="cpu", dtype=torch.bfloat16) -> list[float]:
+    """Of states in float8 as they are, and after a LayerNorm, an RMSNorm, the activation and the gated norm."""
+    torch.manual_seed(0)
+    states = 2 + torch.randn(num_tokens, num_channels, dtype=dtype)
+    gate = torch.randn(num_tokens, 2 * num_channels, dtype=dtype)[:, :num_channels]
+    weight, bias = torch.randn(2, num_channels, dtype=dtype)
+    full, weights, shape = states.double(), weight.double(), (num_channels,)
+    cases: list[tuple] = [
+        (round_rows, [], {}, full),
+        (round_rows, [torch.nn.LayerNorm(shape)], {}, layer_norm(full, shape, weights, bias.double(), 1e-5)),
+        (round_rows, [torch.nn.RMSNorm(shape, eps=1e-5)], {}, rms_norm(full, shape, weights, 1e-5)),
+        (round_rows, [], {"function": "quick_gelu"}, full * torch.sigmoid(1.702 * full)),
+    ]
+    gated = full * silu(gate.double())
+    norm = torch.nn.RMSNorm(shape, eps=1e-5)
+    cases.append((round_gated_norm, [gate.to(device), norm], {}, rms_norm(gated, shape, weights, 1e-5)))
+    found_errors = []
+    for function, arguments, options, expected in cases:
+        for module in arguments:
+            if isinstance(module, torch.nn.Module):
+                module.load_state_dict({"weight": weight, "bias": bias}, strict=isinstance(module, torch.nn.LayerNorm))
+                module.to(device, dtype)
+        rows = function(states.to(device), *arguments, **options)
+        scales = expected.abs().amax(1, keepdim=True) / 448
+        found_errors.append(((rows.scales.cpu().double() - scales).norm() / scales.norm()).item())
+        # A few numbers lie between two of the format, and may fall the other way.
+        expected = (expected / scales).float().to(torch.float8_e4m3fn).float()
+        codes = rows.codes.cpu().to(torch.float8_e4m3fn).float()
+        found_errors.append(((codes - expected).norm() / expected.norm()).item())
+    return found_errors
+
+
 def text_errors(num_rows, num_tokens, num_heads, head_dim, device="cpu", dtype=torch.float32) -> list[float]:
     """Of queries and keys, of which there are fewer, with one row of positions for all."""
     torch.manual_seed(0)
@@ -227,14 +314,19 @@ def tokens_first(states: torch.Tensor) -> torch.Tensor:
 
 
 def main():
-    modules = (activation, convolution_kernels, flash_decoding, gated_norm, rotary, scan_kernels, step_kernels)
-    for module in (*modules, triton_support):
+    modules = (activation, branch, convolution_kernels, flash_decoding, float8, gated_norm, rotary, scan_kernels)
+    for module in (*modules, step_kernels, triton_support):
         module.is_usable = lambda device: True
+    gelu_linear.BLOCK = (16, 32, 16)
+    float8.FLOAT8 = torch.float32  # the interpreter rounds 7.9 to 4: the check rounds
     checks = [
         (scan_errors, SCANS, 1e-4),
         (convolution_errors, CONVOLUTIONS, 1e-4),
         (norm_errors, NORMS, 1e-4),
         (tower_errors, TOWERS, 1e-4),
+        (branch_errors, BRANCHES, 1e-6),
+        (rounding_errors, ROUNDINGS, 2e-3),
+        (activated_errors, ACTIVATED, 1e-3),
         (text_errors, TEXTS, 1e-4),
         (decoding_errors, DECODINGS, 2e-3),  # in float16
         (step_errors, STEPS, 2e-3),

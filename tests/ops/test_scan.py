@@ -9,15 +9,22 @@ import kernel_checks
 import pytest
 import torch
 from kernel_checks import (
+    ACTIVATED,
+    BRANCHES,
     CONVOLUTIONS,
     NORMS,
+    ROUNDINGS,
     SCANS,
     STEPS,
     TEXTS,
     TOWERS,
+    activated_errors,
+    branch_errors,
     convolution_errors,
     decoding_errors,
+    has_capability,
     norm_errors,
+    rounding_errors,
     scan_errors,
     step_errors,
     text_errors,
@@ -85,6 +92,25 @@ def test_other_kernels_on_a_gpu(dtype, tolerance):
         assert max(tower_errors(*case, device="cuda", dtype=dtype)) < tolerance
     for case in TEXTS:
         assert max(text_errors(*case, device="cuda", dtype=dtype)) < tolerance
+    for case in [*BRANCHES, (1, 100, 1280, 5120, True, True), (1, 100, 3584, 7168, False, False)]:
+        assert max(branch_errors(*case, device="cuda", dtype=dtype)) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_capability(9, 0), reason="the GPU is older than Hopper")
+@pytest.mark.parametrize("case", [*ACTIVATED, (5000, 1280, 5120)], ids=str)
+def test_activated_products_on_a_gpu(case):
+    for dtype, tolerance in ((torch.float16, 1e-3), (torch.bfloat16, 5e-3)):
+        assert max(activated_errors(*case, device="cuda", dtype=dtype)) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_capability(8, 9), reason="the GPU has no float8")
+@pytest.mark.parametrize("case", [*ROUNDINGS, (50, 3584), (50, 5120)], ids=str)
+def test_rounding_on_a_gpu(case):
+    found = rounding_errors(*case, device="cuda")
+    print(" ".join(f"{error:.1e}" for error in found))
+    assert max(found) < 1.5e-2  # a division that is not exact lets ties fall either way; a code is 2.5e-2 off
 
 
 @pytest.mark.gpu

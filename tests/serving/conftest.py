@@ -4,6 +4,7 @@
 import socket
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,7 @@ def prepare(monkeypatch) -> None:
 def serving(monkeypatch, **options):
     """A running server: its `url`, its `handler`, an OpenAI `client`, and what was encoded, by segment."""
     prepare(monkeypatch)
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     running = serve(

@@ -85,6 +85,16 @@ def test_what_differs_is_not_mixed(server, held):
     assert answers[0] == sampled(1)() and answers[3] == sampled(2)()
 
 
+def test_a_seed_is_of_its_question_alone(server):
+    """What others are answered does not follow from it."""
+    about = lambda **options: answer(ask(server, text("What?"), temperature=2, max_tokens=16, **options))  # noqa: E731
+    after = []
+    for _ in range(3):
+        assert about(seed=5) == about(seed=5)
+        after.append(about())
+    assert len(set(after)) > 1
+
+
 def test_a_batch_has_a_greatest_size(server, held, monkeypatch):
     monkeypatch.setattr(answering, "MAX_ROWS", 2)
     one = lambda: answer(ask(server, video("movement.mp4"), text(QUESTION.text)))  # noqa: E731

@@ -9,7 +9,6 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import openai
 import PIL.Image
@@ -92,6 +91,13 @@ def test_an_image_that_would_fill_the_memory(server):
         PIL.Image.new("1", size).save(file, "PNG")
         message = refusal(server, image(data_url("image/png", file.getvalue())))
         assert "an image of more than 67,108,864 pixels" in message
+
+
+def test_an_image_that_is_too_narrow(server):
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (2, 1000)).save(file, "PNG")
+    message = refusal(server, image(data_url("image/png", file.getvalue())))
+    assert message == "`messages[0].content[0]`: absolute aspect ratio must be smaller than 200, got 500.0"
 
 
 def test_paths_out_of_the_media_root(server, files):
@@ -203,13 +209,32 @@ def test_what_is_too_large(start, media_root, tmp_path):
         ({"seed": 2**64}, "`seed`: Input should be less than"),
         ({"stop": ["a", ""]}, "`stop[1]`: String should have at least 1 character"),
         ({"logit_bias": {"512": 1}}, "`logit_bias` has a token '512'; tokens are numbers below 512."),
+        ({"logit_bias": {"9" * 5000: 1}}, "...; tokens are numbers below 512."),
+        ({"logit_bias": {"5": 1, "05": 1}}, "`logit_bias` has a token '05'"),
         ({"n": 2}, "`n`: Input should be 1, got 2."),
         ({"tools": [{"type": "function"}]}, "`tools`: List should have at most 0 items"),
         ({"response_format": {"type": "json_object"}}, "`response_format.type`: Input should be 'text'"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}},
+            "`response_format.type`: Input should be 'text', got 'json_schema'.",
+        ),
         ({"generation_config": "{"}, "`generation_config` is no JSON"),
+        ({"generation_config": "[" * 10**6}, "`generation_config` is no JSON"),
+        (
+            {"generation_config": {"repetition_penalty": 1e-40}},
+            "`generation_config.repetition_penalty`: Input should be",
+        ),
+        (
+            {"generation_config": {"temperature": float("inf")}},
+            "`generation_config.temperature`: Input should be a fin",
+        ),
         ({"generation_config": {"num_beams": 2}}, "There is no field `generation_config.num_beams`."),
         ({"generation_config": {"temperature": 0}}, "`generation_config.temperature`: Input should be greater than 0"),
         ({"chat_template_kwargs": {"chat_template": ""}}, "`chat_template_kwargs` may set add_vision_id, fps"),
+        (
+            {"chat_template_kwargs": {"add_vision_id": "no"}},
+            "`chat_template_kwargs.add_vision_id`: Input should be a v",
+        ),
         ({"chat_template_kwargs": {"fps": 0}}, "`chat_template_kwargs.fps`: Input should be greater than 0, got 0."),
     ],
 )
@@ -217,6 +242,37 @@ def test_wrong_fields(server, changes, message):
     status, body = post(server, {"messages": [{"role": "user", "content": "What?"}], **changes})
     assert status == 400 and message in body["error"]["message"]
     assert body["error"]["param"].startswith(next(iter(changes)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+        {"messages": [{"role": "user", "content": [text("\ud800")]}]},
+        {"messages": [{"role": "user", "content": [video("movement.mp4", **{"\ud800": 1})]}]},
+        {"generation_config": '{"\\ud800": 1}'},
+        {"\ud800": 1},
+    ],
+)
+def test_what_no_text_is(server, changes):
+    """JSON can name half of a surrogate pair. No tokenizer takes it, and no error could repeat it."""
+    status, body = post(server, {"messages": [{"role": "user", "content": "What?"}], **changes})
+    assert status == 400 and "half of a surrogate pair, '\\ud800', which is no text" in body["error"]["message"]
+
+
+def test_numbers_at_their_bounds(server):
+    """Scores that leave the range of numbers would be a fault of the server, and on a GPU its end."""
+    expected = answer(ask(server, text("What?"), temperature=0))
+    for temperature in (1e-320, 1e-38, 1e-6):
+        assert answer(ask(server, text("What?"), temperature=temperature)) == expected
+        options = {"generation_config": {"do_sample": True, "temperature": temperature}}
+        assert answer(ask(server, text("What?"), extra_body=options)) == expected
+    extreme = [{"repetition_penalty": number} for number in (0.001, 1000)] + [{"temperature": 1e300}]
+    for options in extreme:
+        options |= {"do_sample": True, "max_new_tokens": 4}
+        assert ask(server, text("What?"), extra_body={"generation_config": options}).usage.completion_tokens
+    assert answer(ask(server, text("What?"), temperature=0, logit_bias={})) == expected
+    assert ask(server, video("movement.mp4", fps=1e-300), text("What?"), max_tokens=1).usage.completion_tokens == 1
 
 
 def test_fields_that_mean_nothing(server):
@@ -236,6 +292,12 @@ def test_fields_that_mean_nothing(server):
         ({"fps": 1, "num_frames": 8}, "`num_frames` and `fps` are mutually exclusive"),
         ({"max_pixels": 10**9}, "`messages[0].content[0].max_pixels`: Input should be less than"),
         ({"size": {"longest_edge": 10**6, "shortest_edge": 1}}, "`messages[0].content[0].size.longest_edge`"),
+        ({"num_frames": 8, "nframes": 4}, "brings `num_frames` twice, with other values"),
+        (
+            {"min_frames": 9, "max_frames": 8},
+            "`messages[0].content[0]`: `min_frames` is greater than `max_frames`, got",
+        ),
+        ({"min_pixels": 9000, "max_pixels": 8000}, "`min_pixels` is greater than `max_pixels`, got"),
         ({"on_damage": "ignore"}, "`messages[0].content[0].on_damage`: Input should be 'raise' or 'skip'"),
         ({"speed": 2}, "A video in a message may bring num_frames, fps"),
     ],
@@ -267,7 +329,7 @@ def test_too_many_media(server):
     assert "may have 64 images and videos, got 65" in refusal(server, *[video("movement.mp4")] * 65)
 
 
-@pytest.mark.parametrize("body", (b"", b"{", b"[]", b'"text"'))
+@pytest.mark.parametrize("body", (b"", b"{", b"[]", b'"text"', b'{"user": "\xff"}', b"[" * 10**6))
 def test_a_body_that_is_no_object(server, body):
     status, answer = post(server, body)
     assert status == 400
@@ -333,10 +395,20 @@ def test_no_memory_left(server, monkeypatch):
     ("options", "message"),
     [
         ({"force_model": None}, "Name the model"),
-        ({"media_root": Path("/nothing")}, "--media-root must be a folder, got '/nothing'"),
+        ({"media_root": "/nothing"}, "--media-root must be a folder, got '/nothing'"),
+        ({"media_root": ""}, "--media-root must be a folder, got ''"),  # of a variable that is not set
+        ({"video_folder": ""}, "--video-folder '' cannot be made: No such file or directory."),
         ({"allowed_hosts": "http://nas.local"}, "hosts without scheme and port, got 'http://nas.local'"),
         ({"allowed_hosts": "nas.local,10.0.0.7:8080"}, "hosts without scheme and port, got '10.0.0.7:8080'"),
+        ({"allowed_hosts": "*.local"}, "--allowed-hosts takes whole hosts without scheme and port, got '*.local'"),
+        ({"video_memory_gib": float("nan")}, "--video-memory-gib must be a finite number, got nan."),
+        ({"video_folder_gib": float("inf")}, "--video-folder-gib must be a finite number, got inf."),
+        ({"media_timeout": float("nan")}, "--media-timeout must be a finite number, got nan."),
+        ({"video_folder": __file__}, f"--video-folder {__file__!r} cannot be made: File exists."),
         ({"chat_template_kwargs": '{"fps": 0}'}, "`--chat-template-kwargs.fps`: Input should be greater than 0"),
+        ({"chat_template_kwargs": '{"frames": 4}'}, "`--chat-template-kwargs` may set add_vision_id, fps, max_frames"),
+        ({"chat_template_kwargs": "{"}, "--chat-template-kwargs must be an object of JSON, got '{'"),
+        ({"chat_template_kwargs": "[1]"}, "--chat-template-kwargs must be an object of JSON, got '[1]'"),
     ],
 )
 def test_wrong_options_of_the_server(prepared, options, message):

@@ -9,8 +9,9 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import PIL.Image
 import pytest
-from asking import QUESTION, answer, ask, num_cached, text, video
+from asking import QUESTION, answer, ask, image, num_cached, text, video
 from synthetic_videos import sample_video, write_mp4
 
 from transformers_vamba.serving import media as media_module
@@ -61,6 +62,32 @@ def test_a_file_that_was_replaced_is_another_one(start, media_root, tmp_path):
         shutil.copy(media_root / "movement.mp4", path)
         assert answer(ask(server, video("video.mp4"), text(QUESTION.text))) == QUESTION.answer
         assert len(server.encoded) == 2
+
+
+def test_a_file_that_is_written_to_while_it_is_read(start, media_root, tmp_path, monkeypatch):
+    """It is not kept as what it was before, whose content may come under another name."""
+    path = tmp_path / "video.mp4"
+    shutil.copy(media_root / "sequence.mp4", path)
+    image_path = tmp_path / "image.bmp"
+    PIL.Image.new("RGB", (56, 56), "red").save(image_path)
+    read = media_module.MediaReader.read
+
+    def late(self, medium):
+        """After somebody else has copied another file over it, in place."""
+        if not kept.is_set():
+            shutil.copy(media_root / "movement.mp4", path)
+            PIL.Image.new("RGB", (56, 56), "blue").save(image_path)
+        return read(self, medium)
+
+    monkeypatch.setattr(media_module.MediaReader, "read", late)
+    with start(media_root=tmp_path) as server:
+        for part in (video("video.mp4"), image("image.bmp")):
+            kept = threading.Event()
+            with pytest.raises(Exception, match="has changed while it was read. Ask again."):
+                ask(server, part, text(QUESTION.text))
+            kept.set()
+            assert not server.handler.videos.memory._caches
+        assert answer(ask(server, video("video.mp4"), text(QUESTION.text))) == QUESTION.answer
 
 
 def test_two_requests_at_once_encode_once(start, media_root, decoded):
@@ -121,6 +148,28 @@ def test_a_folder_outlives_the_server(start, media_root, tmp_path, decoded):
         completion = ask(server, video("movement.mp4"), text(QUESTION.text))
         assert answer(completion) == QUESTION.answer and num_cached(completion) == 0
         assert len(server.encoded) == 1
+
+
+def test_a_video_of_the_folder_that_takes_more_than_the_memory(start, media_root, tmp_path):
+    """Whoever kept it had more of it."""
+    folder, options = tmp_path / "videos", {"media_root": media_root, "video_folder": tmp_path / "videos"}
+    write_mp4(media_root / "large.mp4", sample_video(1, 128, "sequence"))
+    with start(**options) as server:
+        ask(server, video("large.mp4"), text("What?"), max_tokens=1)
+        wait_until(lambda: any(folder.rglob("steps.safetensors")), "saved")
+    with start(**options, video_memory_gib=0.001) as server:
+        with pytest.raises(Exception, match="400 .*'large.mp4' is too long: it takes 2 MiB .* server has 1 MiB"):
+            ask(server, video("large.mp4"), text("What?"))
+
+
+def test_what_an_interrupted_save_has_left_counts(server, media_root, tmp_path):
+    ask(server, video("movement.mp4"), text("What?"), max_tokens=1)
+    cache = next(iter(server.handler.videos.memory._caches.values()))
+    folder = VideoFolder(tmp_path, max_bytes=2 * VIDEO_BYTES)
+    (tmp_path / ("a" * 64) / ".saving-1").mkdir(parents=True)
+    (tmp_path / ("a" * 64) / ".saving-1" / "layer-00000.safetensors").write_bytes(bytes(2 * VIDEO_BYTES))
+    folder.save("b" * 64, cache)
+    assert [each.name for each in tmp_path.iterdir()] == ["b" * 64]
 
 
 def test_a_folder_stays_within_its_size(server, media_root, tmp_path):

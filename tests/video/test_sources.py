@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from email.message import Message
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,6 +105,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True
 
+    def trickle(self, beginning):
+        """What is not yet the content, byte by byte."""
+        try:
+            self.wfile.write(beginning)
+            for _ in range(1000):
+                self.wfile.write(b"0")
+                time.sleep(0.05)
+        except OSError:
+            self.close_connection = True
+
+    def slow_header(self):
+        self.trickle(b"HTTP/1.1 200 OK\r\nX-Name: ")
+
+    def slow_chunk(self):
+        self.trickle(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+
     def stalled(self):
         self.start(Content_Length=1000)
         time.sleep(3)
@@ -165,6 +182,59 @@ def test_urls(processor, server, name, sampling):
     assert torch.equal(torch.cat([segment["pixel_values_videos"] for segment in segments]), expected)
 
 
+@pytest.mark.parametrize(
+    ("headers", "validator"),
+    [
+        ({"ETag": '"1"', "Last-Modified": "Tue, 03 Nov 2026 10:00:00 GMT"}, '"1"'),
+        ({"ETag": 'W/"1"'}, None),
+        ({"Last-Modified": "Tue, 03 Nov 2026 10:00:00 GMT", "Date": "Tue, 03 Nov 2026 10:00:01 GMT"}, "Tue, 03 N"),
+        # A further change in the same second would have the same date.
+        ({"Last-Modified": "Tue, 03 Nov 2026 10:00:00 GMT", "Date": "Tue, 03 Nov 2026 10:00:00 GMT"}, None),
+        ({"Last-Modified": "Tue, 03 Nov 2026 10:00:00 GMT"}, None),
+        ({"Last-Modified": "yesterday", "Date": "Tue, 03 Nov 2026 10:00:00 GMT"}, None),
+        ({"Date": "Tue, 03 Nov 2026 10:00:00 GMT"}, None),
+    ],
+)
+def test_by_what_versions_are_told_apart(headers, validator):
+    message = Message()
+    for name, value in headers.items():
+        message[name] = value
+    found = download.find_validator(message)
+    assert found is None if validator is None else found.startswith(validator)
+
+
+def test_a_file_that_is_replaced_by_an_older_one_has_changed(tmp_path, monkeypatch):
+    """Python's own server, as others, calls it unmodified since the date of the newer one."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    path, limits = tmp_path / "video.mp4", SourceLimits()
+
+    class Files(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path)
+
+        def log_message(self, *args):
+            pass
+
+    class NoHead(Files):
+        def do_HEAD(self):
+            self.send_error(405)
+
+    for handler, knows in ((Files, True), (NoHead, False)):
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
+            threading.Thread(target=files.serve_forever, daemon=True).start()
+            url = f"http://127.0.0.1:{files.server_port}/video.mp4"
+            path.write_bytes(b"newer")
+            os.utime(path, (1_600_000_000, 1_600_000_000))
+            with download.download_version(url, limits) as (_, version):
+                assert version == "Sun, 13 Sep 2020 12:26:40 GMT"
+            assert download.is_unchanged(url, version, limits) == knows
+            path.write_bytes(b"older")
+            os.utime(path, (1_500_000_000, 1_500_000_000))
+            assert not download.is_unchanged(url, version, limits)
+            files.shutdown()
+    assert not download.is_unchanged(url, version, limits)  # nobody answers: the download says so
+
+
 def test_quoted_urls():
     assert quote_url("http://bücher.example/a b/é.mp4?q=a b#t=3") == (
         "http://xn--bcher-kva.example/a%20b/%C3%A9.mp4?q=a%20b"
@@ -201,6 +271,8 @@ def test_broken_off_downloads(processor, server, name, message):
         ("endless", {"max_bytes": 10**6}, r"larger than 1,000,000 bytes, the limit \(`max_bytes`\)"),
         ("huge", {}, "larger than .* bytes"),
         ("slow", {"max_seconds": 0.5}, r"longer than 0.5 seconds, the limit \(`max_seconds`\)"),
+        ("slow_header", {"max_seconds": 0.5}, r"longer than 0.5 seconds, the limit \(`max_seconds`\)"),
+        ("slow_chunk", {"max_seconds": 0.5}, r"longer than 0.5 seconds, the limit \(`max_seconds`\)"),
         ("stalled", {"timeout": 0.2, "max_seconds": 1}, "timed out|longer than 1 seconds"),
         ("whole", {"allow_private": False}, "an address that is not public"),
         ("whole", {"allowed_hosts": frozenset({"example.org"})}, "'127.0.0.1' is not among the allowed"),

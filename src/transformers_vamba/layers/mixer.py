@@ -4,15 +4,19 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import MethodType
 
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.integrations import use_kernel_forward_from_hub
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from ..configuration_vamba import VambaTextConfig
+from ..ops.branch import can_fuse_branch, close_branch, has_hooks, open_branch
 from ..ops.convolution import convolve
+from ..ops.float8 import Rows, apply_linear, round_gated_norm, round_rows, takes_rows
 from ..ops.gated_norm import can_normalize, gated_rms_norm
 from ..ops.scan import choose_implementation, max_tokens, scan
 from ..ops.state import MambaState
@@ -25,6 +29,40 @@ class VambaRMSNormGated(Zamba2RMSNormGated):
         if not can_normalize(hidden_states, self.group_size):
             return super().forward(hidden_states, gate)
         return gated_rms_norm(hidden_states[0], gate[0], self.weight, self.group_size, self.variance_epsilon)[None]
+
+
+@use_kernel_forward_from_hub("mamba_chunk_scan_combined")
+class VambaHubScan(nn.Module):
+    """
+    Where `use_kernels=True` puts the Hub's scan, instead of a `forward` that does nothing.
+    [`VambaPreTrainedModel.set_use_kernels`] then notes the type of device that the kernel is for.
+    """
+
+    device_type: str | None = None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        chunk_size: int,
+        D: torch.Tensor | None = None,
+        dt_bias: torch.Tensor | None = None,
+        initial_states: torch.Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        return_final_states: bool = False,
+        **kwargs,
+    ):
+        """The arguments of Transformers' `mamba2_chunk_scan`, with which those of a kernel are compared."""
+        raise NotImplementedError("No kernel from the Hub has been put here: load the model with `use_kernels=True`.")
+
+    def on(self, device: torch.device) -> Callable | None:
+        """The Hub's scan, if there is one for this device."""
+        is_there = isinstance(self.forward, MethodType) and self.forward.__func__ is not type(self).forward
+        return self.forward if is_there and device.type == self.device_type else None
 
 
 class VambaMixer(nn.Module):
@@ -63,6 +101,7 @@ class VambaMixer(nn.Module):
             self.intermediate_size, group_size=self.intermediate_size // self.n_groups, eps=1e-5
         )
         self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.mamba_proj_bias)
+        self.hub_scan = VambaHubScan()
 
     @torch.no_grad()
     def reset_parameters(self, output_std: float) -> None:
@@ -81,25 +120,40 @@ class VambaMixer(nn.Module):
     def max_tokens(self, device: torch.device) -> int:
         """The most tokens to run at once on `device`."""
         sizes = (self.head_dim, self.state_size)
-        name = choose_implementation(device, self.A_log.dtype, *sizes, self.config.mamba_implementation)
+        name = self._implementation(device)
+        # The Hub's kernels are those of `mamba-ssm`.
+        name = "mamba_ssm" if callable(name) else choose_implementation(device, self.A_log.dtype, *sizes, name)
         return max_tokens(name, self.num_heads, *sizes, self.in_proj.out_features)
 
+    def _implementation(self, device: torch.device) -> str | Callable | None:
+        """What the user asks for by name, else the Hub's scan, else `None` for the fastest here."""
+        return self.config.mamba_implementation or self.hub_scan.on(device)
+
     def forward(
-        self, hidden_states: torch.Tensor, lengths: list[int], state: MambaState | None = None
+        self,
+        hidden_states: torch.Tensor | Rows,
+        lengths: list[int],
+        state: MambaState | None = None,
+        total: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, MambaState]:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(1, num_tokens, hidden_size)`):
+            hidden_states (`torch.Tensor` of shape `(1, num_tokens, hidden_size)`, or [`Rows`] like it):
                 The tokens of one or several sequences, one after another; at most `max_tokens` of them.
             lengths (`list[int]`): Length of each sequence; together `num_tokens`.
             state ([`MambaState`], *optional*): Where the first sequence left off, if it has begun before.
+            total (`torch.Tensor` of shape `(1, num_tokens, hidden_size)`, *optional*):
+                What the mixed tokens are added to, see [`ops.branch`].
 
         Returns:
             `tuple[torch.Tensor, MambaState]`: The mixed tokens, of the same shape, and the state after the last one.
         """
         gate, conv_inputs, dt = self._project(hidden_states)
         outputs, state = self._scan(conv_inputs, dt, state, lengths)
-        return self.out_proj(self.norm(outputs, gate)), state
+        if self.n_groups == 1 and takes_rows(self.out_proj, outputs, self.norm):
+            return apply_linear(self.out_proj, round_gated_norm(outputs, gate, self.norm)), state
+        outputs = self.norm(outputs, gate)
+        return self.out_proj(outputs) if total is None else close_branch(total, outputs, self.out_proj), state
 
     def conv_inputs(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The inputs of the convolution, `(1, num_tokens, conv_dim)`, of `(1, num_tokens, hidden_size)`."""
@@ -118,9 +172,10 @@ class VambaMixer(nn.Module):
         time = nn.functional.softplus(dt.float() + self.dt_bias.float()).sum(dim=(0, 1))
         return state, -torch.exp(self.A_log.float()) * time
 
-    def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _project(self, hidden_states: torch.Tensor | Rows) -> tuple[torch.Tensor, ...]:
         """The gate, the inputs of the convolution, and the time steps before their bias."""
-        return self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        projected = apply_linear(self.in_proj, hidden_states)
+        return projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
 
     @force_accelerate_hooks(["conv1d"])  # its weight is read past its forward
     def _scan(
@@ -141,7 +196,7 @@ class VambaMixer(nn.Module):
             self.dt_bias,
             lengths,
             ssm,
-            self.config.mamba_implementation,
+            self._implementation(dt.device),
         )
         return outputs.flatten(1)[None], MambaState(self._conv_state(conv_inputs, history, lengths), ssm[None])
 
@@ -214,7 +269,14 @@ class VambaVisionMixer(nn.Module):
 
     def _mix(self, lengths: list[int], residual: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The tokens of a stretch and the two tensors of the state after it."""
-        hidden_states, last_state = self.mixer(self.norm(residual), lengths, MambaState(*state) if state else None)
+        first_state = MambaState(*state) if state else None
+        if can_fuse_branch(residual, self.mixer, self.norm, self.mixer.out_proj):
+            normed, total = open_branch(residual, self.norm, self.mixer.out_proj)
+            hidden_states, last_state = self.mixer(normed, lengths, first_state, total)
+            return hidden_states, *last_state
+        is_rounded = not has_hooks(self.mixer) and takes_rows(self.mixer.in_proj, residual, self.norm)
+        normed = round_rows(residual, self.norm) if is_rounded else self.norm(residual)
+        hidden_states, last_state = self.mixer(normed, lengths, first_state)
         return residual + hidden_states, *last_state
 
 

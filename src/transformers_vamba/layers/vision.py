@@ -4,6 +4,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     PatchEmbed,
     Qwen2VisionTransformerPretrainedModel,
+    Qwen2VLVisionBlock,
     VisionAttention,
     VisionMlp,
     eager_attention_forward,
@@ -22,8 +24,11 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 
 from ..inputs.media import Medium, split_into_segments
 from ..ops.activation import quick_gelu
+from ..ops.branch import can_fuse_branch, close_branch, has_hooks, open_branch
+from ..ops.float8 import Rows, apply_linear, round_rows, takes_rows
+from ..ops.gelu_linear import can_fuse_gelu, quick_gelu_linear
 from ..ops.rotary import rotate_patches
-from ..parallel.devices import execution_device
+from ..parallel.devices import copy_aside, execution_device
 from ..parallel.ranks import count_missing_runs, smallest_medium
 
 
@@ -40,35 +45,46 @@ class VambaPatchEmbed(PatchEmbed):
 
 
 class VambaVisionMlp(VisionMlp):
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.fc1(hidden_states)
+    def forward(self, hidden_states: torch.Tensor | Rows, total: torch.Tensor | None = None) -> torch.Tensor:
+        """`total` is what the output is added to, see [`ops.branch`]."""
         is_quick_gelu = isinstance(self.act, QuickGELUActivation)
-        return self.fc2(quick_gelu(hidden_states) if is_quick_gelu else self.act(hidden_states))
+        if is_quick_gelu and not isinstance(hidden_states, Rows) and can_fuse_gelu(hidden_states, self.fc1):
+            hidden_states = quick_gelu_linear(hidden_states, self.fc1)
+        else:
+            hidden_states = apply_linear(self.fc1, hidden_states)
+            if is_quick_gelu and takes_rows(self.fc2, hidden_states):
+                return apply_linear(self.fc2, round_rows(hidden_states, function="quick_gelu"))
+            hidden_states = quick_gelu(hidden_states) if is_quick_gelu else self.act(hidden_states)
+        return self.fc2(hidden_states) if total is None else close_branch(total, hidden_states, self.fc2)
 
 
 class VambaVisionAttention(VisionAttention):
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | Rows,
         cu_seqlens: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         max_seqlen: int | None = None,
         frame_length: int | None = None,
+        total: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """
         Attention of the patches of each frame among themselves.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(num_patches, embed_dim)`): The frames, one after another.
+            hidden_states (`torch.Tensor` of shape `(num_patches, embed_dim)`):
+                The frames, one after another; [`Rows`] with `frame_length` alone.
             cu_seqlens (`torch.IntTensor` of shape `(num_frames + 1,)`): Where each frame begins and ends.
             position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines, `(num_patches, head_dim)`.
             max_seqlen (`int`, *optional*): Patches of the largest frame.
             frame_length (`int`, *optional*): Patches per frame, if all have the same number.
+            total (`torch.Tensor` of shape `(num_patches, embed_dim)`, *optional*):
+                What the output is added to, see [`ops.branch`]; with `frame_length` alone.
         """
         if frame_length is None:
             return super().forward(hidden_states, cu_seqlens, position_embeddings, max_seqlen=max_seqlen, **kwargs)
-        qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv = apply_linear(self.qkv, hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
         states = rotate_patches(qkv, *position_embeddings)
         query, key, value = (each.unflatten(0, (-1, frame_length)).transpose(1, 2) for each in states)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -77,7 +93,42 @@ class VambaVisionAttention(VisionAttention):
         attn_output, _ = attention_interface(
             self, query, key, value, attention_mask=None, scaling=self.scaling, is_causal=False, **kwargs
         )
-        return self.proj(attn_output.reshape(hidden_states.shape))
+        attn_output = attn_output.reshape(-1, self.dim)
+        if takes_rows(self.proj, attn_output):
+            return apply_linear(self.proj, round_rows(attn_output))
+        return self.proj(attn_output) if total is None else close_branch(total, attn_output, self.proj)
+
+
+class VambaVisionBlock(Qwen2VLVisionBlock):
+    """
+    [`Qwen2VLVisionBlock`]. On a GPU, if nothing takes a gradient, its sums are part of its matrix products, or its
+    norms round the inputs of products in float8.
+    """
+
+    def __init__(self, config: Qwen2VLVisionConfig):
+        nn.Module.__init__(self)  # the parent's own makes modules that these would replace
+        self.norm1, self.norm2 = (nn.LayerNorm(config.embed_dim, eps=1e-6) for _ in range(2))
+        self.attn: Any = VambaVisionAttention(config)
+        self.mlp: Any = VambaVisionMlp(config.embed_dim, int(config.embed_dim * config.mlp_ratio), config.hidden_act)
+
+    def forward(self, hidden_states: torch.Tensor, *, frame_length: int | None = None, **kwargs) -> torch.Tensor:
+        """Arguments as in [`VambaVisionAttention`]."""
+        if frame_length is None:
+            return super().forward(hidden_states, **kwargs)
+        kwargs["frame_length"] = frame_length
+        hidden_states = self._run(self.attn, hidden_states, self.norm1, self.attn.qkv, self.attn.proj, **kwargs)
+        return self._run(self.mlp, hidden_states, self.norm2, self.mlp.fc1, self.mlp.fc2)
+
+    def _run(
+        self, branch: Any, hidden_states: torch.Tensor, norm: Any, first: nn.Module, last: Any, **kwargs
+    ) -> torch.Tensor:
+        """`hidden_states + branch(norm(hidden_states))`, of a branch between two linear layers."""
+        if can_fuse_branch(hidden_states, branch, norm, last):
+            normed, total = open_branch(hidden_states, norm, last)
+            return branch(normed, total=total, **kwargs)
+        if type(norm) is nn.LayerNorm and not has_hooks(branch) and takes_rows(first, hidden_states, norm):
+            return hidden_states + branch(round_rows(hidden_states, norm), **kwargs)
+        return hidden_states + branch(norm(hidden_states), **kwargs)
 
 
 class VambaVisionModel(Qwen2VisionTransformerPretrainedModel):
@@ -88,16 +139,14 @@ class VambaVisionModel(Qwen2VisionTransformerPretrainedModel):
         self.patch_embed = VambaPatchEmbed(
             config.patch_size, config.temporal_patch_size, config.in_channels, config.embed_dim
         )
-        for block in self.blocks:
-            block.attn = VambaVisionAttention(config)
-            block.mlp = VambaVisionMlp(config.embed_dim, int(config.embed_dim * config.mlp_ratio), config.hidden_act)
+        self.blocks = nn.ModuleList([VambaVisionBlock(config) for _ in range(config.depth)])
         self.post_init()
 
     def encode_media(self, media: list[Medium]) -> BaseModelOutputWithPooling:
         """The outputs for images and videos in order, on the device of the tower."""
         device = execution_device(self)
-        # To the device first: a copy from pinned memory does not wait, and the conversion is quicker there.
-        pixel_values = [medium.pixel_values.to(device, non_blocking=True) for medium in media]
+        # To the device first: the conversion is quicker there.
+        pixel_values = [copy_aside(medium.pixel_values, device) for medium in media]
         pixel_values = pixel_values[0] if len(media) == 1 else torch.cat(pixel_values)
         # The tower sees single frames: consecutive media of one size might as well be one.
         grids = [

@@ -4,7 +4,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from .triton_support import device_of, is_usable, tl, triton
+from .triton_support import device_of, is_usable, launch, tl, triton
 
 
 BLOCK = 1024
@@ -37,7 +37,7 @@ class _QuickGelu(torch.autograd.Function):
 def _launch(hidden_states: torch.Tensor, grad: torch.Tensor, outputs: torch.Tensor, is_backward: bool) -> None:
     grid = (triton.cdiv(outputs.numel(), BLOCK),)
     with device_of(outputs):
-        _quick_gelu[grid](hidden_states, grad, outputs, outputs.numel(), BACKWARD=is_backward, BLOCK=BLOCK)
+        launch(_quick_gelu, grid, hidden_states, grad, outputs, outputs.numel(), BACKWARD=is_backward, BLOCK=BLOCK)
 
 
 if triton is not None:

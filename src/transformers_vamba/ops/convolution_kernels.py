@@ -7,7 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .chunks import chunk_table
-from .triton_support import is_usable, tl, triton
+from .triton_support import is_usable, launch, tl, triton
 
 
 # Tokens and channels per program.
@@ -29,8 +29,8 @@ class Convolution(torch.autograd.Function):
         history = inputs.new_zeros(weight.shape[1] - 1, inputs.shape[1]) if history is None else history.contiguous()
         num_tokens, num_channels = inputs.shape
         outputs = inputs.new_empty(num_tokens, num_channels)
-        chunks, grid, constants = _launch(inputs, weight, bias, lengths, FORWARD_BLOCK)
-        _convolve[grid](inputs, inputs.stride(0), weight, bias, history, outputs, chunks, **constants)
+        chunks, grid, constants = _sizes(inputs, weight, bias, lengths, FORWARD_BLOCK)
+        launch(_convolve, grid, inputs, inputs.stride(0), weight, bias, history, outputs, chunks, **constants)
         ctx.lengths, ctx.in_torch = lengths, in_torch
         ctx.save_for_backward(inputs, weight, bias, history)
         return outputs
@@ -42,9 +42,11 @@ class Convolution(torch.autograd.Function):
         grad = grad.contiguous()
         num_channels, num_taps = weight.shape
         grad_inputs = inputs.new_empty(inputs.shape)
-        chunks, grid, constants = _launch(inputs, weight, bias, ctx.lengths, BACKWARD_BLOCK)
+        chunks, grid, constants = _sizes(inputs, weight, bias, ctx.lengths, BACKWARD_BLOCK)
         parts = inputs.new_empty(len(chunks), num_taps + 1, num_channels, dtype=torch.float32)
-        _grad_of_convolution[grid](
+        launch(
+            _grad_of_convolution,
+            grid,
             inputs,
             inputs.stride(0),
             weight,
@@ -68,7 +70,7 @@ class Convolution(torch.autograd.Function):
         return grad_inputs, sums[:-1].T.to(weight.dtype), grad_bias, None, grad_history, None
 
 
-def _launch(
+def _sizes(
     inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lengths: list[int], block: tuple[int, int]
 ) -> tuple[torch.Tensor, tuple[int], dict]:
     """The chunks of the sequences, the grid of programs and what is constant in a kernel."""

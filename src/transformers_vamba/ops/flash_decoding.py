@@ -9,7 +9,7 @@ brought back to full size.
 
 import torch
 
-from .triton_support import device_of, is_usable, num_processors, shared_memory, tl, triton
+from .triton_support import device_of, is_usable, launch, num_processors, shared_memory, tl, triton
 
 
 MAX_QUERIES_AT_ONCE = 128  # that a program keeps at hand
@@ -51,8 +51,8 @@ def flash_decode(query: torch.Tensor, keys, values, scaling: float) -> torch.Ten
     block_tokens, programs = 64, 1
     if key_scales is not None:
         block_tokens, programs = (64, 3) if block_queries < MAX_QUERIES_AT_ONCE else (32, 2)
-    num_splits = max(programs * (num_processors(query.device) // num_heads), 1)
-    tokens_per_split = triton.cdiv(triton.cdiv(num_tokens, num_splits), block_tokens) * block_tokens
+    max_splits = max(programs * (num_processors(query.device) // num_heads), 1)
+    tokens_per_split = triton.cdiv(triton.cdiv(num_tokens, max_splits), block_tokens) * block_tokens
     num_splits = triton.cdiv(num_tokens, tokens_per_split)
     partial_outputs = query.new_empty(num_splits, num_heads, num_queries, head_dim, dtype=torch.float32)
     log_sums = query.new_empty(num_splits, num_heads, num_queries, dtype=torch.float32)
@@ -61,7 +61,9 @@ def flash_decode(query: torch.Tensor, keys, values, scaling: float) -> torch.Ten
     room = shared_memory(query.device) - block_queries * head_dim * query.itemsize
     num_stages = max(1, min(3, room // (2 * block_tokens * head_dim * key_states.itemsize)))
     with device_of(query):
-        _attend_split[(num_splits, num_heads, triton.cdiv(num_queries, block_queries))](
+        launch(
+            _attend_split,
+            (num_splits, num_heads, triton.cdiv(num_queries, block_queries)),
             query.contiguous(),
             key_states,
             key_scales,
@@ -82,14 +84,16 @@ def flash_decode(query: torch.Tensor, keys, values, scaling: float) -> torch.Ten
             BLOCK_TOKENS=block_tokens,
             num_stages=num_stages,
         )
-        _combine[(num_heads, num_queries)](
+        launch(
+            _combine,
+            (num_heads, num_queries),
             partial_outputs,
             log_sums,
             centre,
             outputs,
             num_splits,
             HEAD_DIM=head_dim,
-            BLOCK_SPLITS=triton.next_power_of_2(num_splits),
+            BLOCK_SPLITS=triton.next_power_of_2(max_splits),
         )
     return outputs.transpose(1, 2)
 

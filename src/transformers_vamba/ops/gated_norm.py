@@ -4,7 +4,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from .triton_support import device_of, is_usable, tl, triton
+from .triton_support import device_of, is_usable, launch, tl, triton
 
 
 MAX_GROUP_SIZE = 2**14  # channels, which a program holds
@@ -50,9 +50,8 @@ class _GatedRMSNorm(torch.autograd.Function):
             "BLOCK": triton.next_power_of_2(group_size),
             "num_warps": 8 if group_size > 2048 else 4,
         }
-        _norm[(num_tokens, ctx.num_groups)](
-            states, states.stride(0), gate, gate.stride(0), weight, outputs, **ctx.constants
-        )
+        grid = (num_tokens, ctx.num_groups)
+        launch(_norm, grid, states, states.stride(0), gate, gate.stride(0), weight, outputs, **ctx.constants)
         ctx.save_for_backward(states, gate, weight)
         return outputs
 
@@ -65,7 +64,9 @@ class _GatedRMSNorm(torch.autograd.Function):
         num_programs = min(num_tokens, NUM_PROGRAMS)
         grad_states, grad_gate = states.new_empty(states.shape), gate.new_empty(gate.shape)
         parts = states.new_empty(num_programs, num_channels, dtype=torch.float32)
-        _grad_of_norm[(num_programs, ctx.num_groups)](
+        launch(
+            _grad_of_norm,
+            (num_programs, ctx.num_groups),
             states,
             states.stride(0),
             gate,

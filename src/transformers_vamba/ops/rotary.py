@@ -6,9 +6,9 @@ rotate, in float32 in the vision tower.
 
 import torch
 from torch.autograd.function import once_differentiable
-from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision, rotate_half
 
-from .triton_support import are_launches_recorded, device_of, is_usable, tl, triton
+from .triton_support import are_launches_recorded, device_of, is_usable, launch, tl, triton
 
 
 FEW_TOKENS = 64  # so few are rotated by PyTorch unless a step is recorded: its launches take the host less time
@@ -50,7 +50,9 @@ def rotate_text(
     """
     is_few = query.shape[:2].numel() <= FEW_TOKENS and not are_launches_recorded()
     if is_few or not (is_usable(query.device) and query.is_contiguous() and key.is_contiguous()):
-        return apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
+        # As `apply_rotary_pos_emb`, which the Hub's kernels replace for all models of the process, on any device.
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+        return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
     cos, sin = (angles.expand(len(query), -1, -1).flatten(0, 1).contiguous() for angles in (cos, sin))
     query, key = (
         _Rotate.apply(states.flatten(0, 1)[:, None], cos, sin, 1).view(states.shape) for states in (query, key)
@@ -84,7 +86,9 @@ class _Rotate(torch.autograd.Function):
 def _launch(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotated: int, direction: float) -> None:
     num_tokens, num_kinds, num_heads, head_dim = states.shape
     with device_of(states):
-        _rotate[(num_tokens, num_rotated)](
+        launch(
+            _rotate,
+            (num_tokens, num_rotated),
             states,
             cos,
             sin,

@@ -5,6 +5,7 @@ products of matrices inside a chunk of tokens, and a state in float32 that is ha
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -13,7 +14,7 @@ from transformers.utils import is_mamba_2_ssm_available
 
 from .scan_kernels import can_scan, scan_in_triton
 from .state import ScanInputs
-from .triton_support import device_of
+from .triton_support import device_of, real_device
 
 
 CHUNK_SIZE = 64  # tokens per chunk of the PyTorch scan, whose work inside a chunk grows with it
@@ -29,7 +30,7 @@ def scan(
     dt_bias: torch.Tensor,
     lengths: list[int],
     state: torch.Tensor | None = None,
-    implementation: str | None = None,
+    implementation: str | Callable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     For each head, with `dt` after its bias and softplus, token after token:
@@ -45,15 +46,20 @@ def scan(
         lengths (`list[int]`): Length of each sequence, at least 1; together `num_tokens`.
         state (`torch.Tensor` of shape `(num_heads, head_dim, state_size)`, *optional*):
             The state before the first sequence. The others start from zeros.
-        implementation (`str`, *optional*): A key of `IMPLEMENTATIONS`; see [`choose_implementation`].
+        implementation (`str` or `Callable`, *optional*):
+            A key of `IMPLEMENTATIONS`; see [`choose_implementation`]. Or a function that takes the arguments of the
+            `mamba_chunk_scan_combined` of `mamba-ssm`, as those from the Hub do.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: The outputs, of the shape and dtype of `x`, and the state after the last
         token, in float32 (in float64, if `x` is).
     """
-    name = choose_implementation(x.device, x.dtype, x.shape[-1], B.shape[-1], implementation)
-    with torch.autocast(x.device.type, enabled=False), device_of(x):
-        return IMPLEMENTATIONS[name][1](ScanInputs(x, dt, A, B, C, D, dt_bias, lengths, state))
+    if callable(implementation):
+        run: Callable = partial(_scan_like_mamba_ssm, implementation)
+    else:
+        run = IMPLEMENTATIONS[choose_implementation(x.device, x.dtype, x.shape[-1], B.shape[-1], implementation)][1]
+    with torch.autocast(real_device(x.device).type, enabled=False), device_of(x):
+        return run(ScanInputs(x, dt, A, B, C, D, dt_bias, lengths, state))
 
 
 def choose_implementation(
@@ -144,14 +150,18 @@ def _scan_in_torch(inputs: ScanInputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _scan_in_mamba_ssm(inputs: ScanInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernels of `mamba-ssm`, which tune themselves at their first call and index in 32 bits."""
-    x, dt, A, B, C, D, dt_bias, lengths, state = inputs
     # An import statement would make the package a requirement of the Hub's remote code.
-    mamba_chunk_scan_combined = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    module = import_module("mamba_ssm.ops.triton.ssd_combined")
+    return _scan_like_mamba_ssm(module.mamba_chunk_scan_combined, inputs)
+
+
+def _scan_like_mamba_ssm(chunk_scan: Callable, inputs: ScanInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    x, dt, A, B, C, D, dt_bias, lengths, state = inputs
     seq_idx = None
     if len(lengths) > 1:
         numbers = torch.arange(len(lengths), device=x.device, dtype=torch.int32)
         seq_idx = numbers.repeat_interleave(torch.tensor(lengths, device=x.device), output_size=len(x))[None]
-    y, state = mamba_chunk_scan_combined(
+    y, state = chunk_scan(
         x[None],
         dt[None].float(),
         A,

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from .chunks import chunk_table
 from .state import ScanInputs
-from .triton_support import is_usable, shared_memory, triton
+from .triton_support import is_usable, launch, shared_memory, triton
 
 
 if triton is not None:
@@ -57,12 +57,25 @@ class _Scan(torch.autograd.Function):
         sizes = ctx.sizes
         num_tokens, num_heads, head_dim = x.shape
         steps, decays = x.new_empty(2, num_heads, num_tokens, dtype=torch.float32)
-        sum_decays[(sizes.num_chunks * num_heads,)](
-            dt, *dt.stride(), A, dt_bias, sizes.chunks, steps, decays, num_tokens, **sizes.of_heads
+        grid = (sizes.num_chunks * num_heads,)
+        launch(
+            sum_decays,
+            grid,
+            dt,
+            *dt.stride(),
+            A,
+            dt_bias,
+            sizes.chunks,
+            steps,
+            decays,
+            num_tokens,
+            **sizes.of_heads,
         )
         states, last_state = sizes.carry(x, B, steps, decays, state, is_backward=False)
         y = torch.empty_like(x)
-        output[(sizes.num_blocks * num_heads,)](
+        launch(
+            output,
+            (sizes.num_blocks * num_heads,),
             x,
             x.stride(0),
             B,
@@ -77,7 +90,7 @@ class _Scan(torch.autograd.Function):
             sizes.chunks,
             num_tokens,
             **sizes.of_blocks,
-            **sizes.launch("output"),
+            **sizes.options("output"),
         )
         ctx.has_state = state is not None
         ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, steps, decays, states)
@@ -98,7 +111,9 @@ class _Scan(torch.autograd.Function):
         # What each token adds to the gradients of its time step and of D, and to those of the decays between tokens.
         grad_steps, grad_D, columns, read, written = x.new_empty(5, num_heads, num_tokens, dtype=torch.float32)
         rows = x.new_empty(CHUNK // sizes.block, num_heads, num_tokens, dtype=torch.float32)
-        grad_of_inputs[(sizes.num_blocks * num_heads,)](
+        launch(
+            grad_of_inputs,
+            (sizes.num_blocks * num_heads,),
             x,
             x.stride(0),
             B,
@@ -119,7 +134,7 @@ class _Scan(torch.autograd.Function):
             sizes.chunks,
             num_tokens,
             **sizes.of_blocks,
-            **sizes.launch("inputs"),
+            **sizes.options("inputs"),
         )
         grads = []
         for own, other, own_matrix, other_matrix, own_states, sums, is_B in (
@@ -127,7 +142,9 @@ class _Scan(torch.autograd.Function):
             (grad_y, x, C, B, states, read, False),
         ):
             parts = x.new_empty(sizes.num_parts, num_tokens, num_groups, state_size, dtype=torch.float32)
-            grad_of_matrices[(sizes.num_blocks, num_groups, sizes.num_parts)](
+            launch(
+                grad_of_matrices,
+                (sizes.num_blocks, num_groups, sizes.num_parts),
                 own,
                 own.stride(0),
                 other,
@@ -146,11 +163,13 @@ class _Scan(torch.autograd.Function):
                 sizes.heads_per_part,
                 IS_B=is_B,
                 **sizes.of_blocks,
-                **sizes.launch("matrices"),
+                **sizes.options("matrices"),
             )
             grads.append(parts.sum(0).to(B.dtype))
         grad_dt, grad_A = torch.empty_like(steps), torch.empty_like(steps)
-        grad_of_steps[(sizes.num_chunks * num_heads,)](
+        launch(
+            grad_of_steps,
+            (sizes.num_chunks * num_heads,),
             dt,
             *dt.stride(),
             A,
@@ -222,7 +241,7 @@ class _Sizes:
         }
         self.of_blocks = self.of_states | {"TILE_P": tile_p, "TILE_N": tile_n}
 
-    def launch(self, kernel: str) -> dict[str, int]:
+    def options(self, kernel: str) -> dict[str, int]:
         """How a kernel of `LAUNCH` is launched for these tensors."""
         num_warps, num_stages = LAUNCH[kernel]
         return {
@@ -244,7 +263,9 @@ class _Sizes:
         states = x.new_empty(self.num_chunks, num_heads, head_dim, state_size)
         last_state = x.new_zeros(num_heads, head_dim, state_size, dtype=torch.float32)
         tile_p, tile_n = self.tiles
-        carry[(num_heads, triton.cdiv(head_dim, tile_p), triton.cdiv(state_size, tile_n))](
+        launch(
+            carry,
+            (num_heads, triton.cdiv(head_dim, tile_p), triton.cdiv(state_size, tile_n)),
             x,
             x.stride(0),
             B,
@@ -262,6 +283,6 @@ class _Sizes:
             TILE_P=tile_p,
             TILE_N=tile_n,
             **self.of_states,
-            **self.launch("carry"),
+            **self.options("carry"),
         )
         return states, last_state

@@ -6,7 +6,7 @@ Parts of a recorded decoding step as Triton kernels: for a few tokens, only read
 import torch
 from torch import nn
 
-from .triton_support import are_launches_recorded, device_of, is_usable, tl, triton
+from .triton_support import are_launches_recorded, device_of, is_usable, launch, tl, triton
 
 
 MAX_TOKENS = 16  # with more, products decide, and PyTorch's are better
@@ -38,7 +38,9 @@ def gate_and_up(hidden_states: torch.Tensor, gate: nn.Linear, up: nn.Linear) -> 
     num_outputs, num_inputs = gate.weight.shape
     outputs = hidden_states.new_empty(*hidden_states.shape[:2], num_outputs)
     with device_of(hidden_states):
-        _gate_and_up[(triton.cdiv(num_outputs, BLOCK_OUTPUTS),)](
+        launch(
+            _gate_and_up,
+            (triton.cdiv(num_outputs, BLOCK_OUTPUTS),),
             hidden_states.contiguous(),
             gate.weight,
             up.weight,
@@ -73,7 +75,9 @@ def mix_and_norm(
     """
     hidden_states, normed = torch.empty_like(residual), torch.empty_like(residual)
     with device_of(residual):
-        _mix_and_norm[(residual.shape[:2].numel(),)](
+        launch(
+            _mix_and_norm,
+            (residual.shape[:2].numel(),),
             residual.contiguous(),
             attn_output.contiguous(),
             cross_output.contiguous(),

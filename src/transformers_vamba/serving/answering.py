@@ -217,15 +217,18 @@ class Answering:
         # What a request does not say is the model's; `generate` looks there as well.
         eos = config.eos_token_id if config.eos_token_id is not None else self.model.generation_config.eos_token_id
         eos_token_ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        if first.seed is not None:
-            torch.manual_seed(first.seed)
         options = {} if first.cache is None else {"cache": first.cache.fork()}
-        self.model.generate(
-            **inputs,
-            **options,
-            generation_config=config,
-            streamer=RowsStreamer(batch, self.tokenizer.backend_tokenizer, eos_token_ids),
-            stopping_criteria=StoppingCriteriaList([RowsDone(batch)]),
-        )
+        # The random numbers of questions without a seed go on as if no other had one.
+        has_seed, devices = first.seed is not None, [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=has_seed):
+            if has_seed:
+                torch.manual_seed(first.seed)
+            self.model.generate(
+                **inputs,
+                **options,
+                generation_config=config,
+                streamer=RowsStreamer(batch, self.tokenizer.backend_tokenizer, eos_token_ids),
+                stopping_criteria=StoppingCriteriaList([RowsDone(batch)]),
+            )
         for question in batch:
             question.fail(RuntimeError("the answer has no end"))  # never, unless `generate` stops early

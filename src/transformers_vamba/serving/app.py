@@ -17,6 +17,7 @@ from .requests import describe_value
 # Transformers' others load and unload models for whoever asks, and open what clients name.
 SERVED = ("/health", "/v1/chat/completions")
 MAX_BODY_BYTES = 2**28
+NO_JSON = "The body of the request must be an object of JSON, sent with the header Content-Type: application/json"
 
 
 def build_vamba_server(model_manager, chat_handler, **kwargs: Any) -> FastAPI:
@@ -46,15 +47,13 @@ def build_vamba_server(model_manager, chat_handler, **kwargs: Any) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def tell_no_json(_request: Request, error: RequestValidationError) -> JSONResponse:
-        message = (
-            "The body of the request must be an object of JSON, sent with the header Content-Type: application/json: "
-            f"{error.errors()[0]['msg']}."
-        )
-        return JSONResponse(error_body(message, "invalid_request_error"), 400)
+        return JSONResponse(error_body(f"{NO_JSON}: {error.errors()[0]['msg']}.", "invalid_request_error"), 400)
 
     @app.exception_handler(HTTPException)
     async def tell_status(_request: Request, error: HTTPException) -> JSONResponse:
         message = f"{error.detail}. This server has /v1/chat/completions, /v1/models and /health."
+        if error.status_code == 400:  # not UTF-8, nested too deeply, or numbers that are too long
+            message = f"{NO_JSON}, and could not be read."
         return JSONResponse(error_body(message, "invalid_request_error"), error.status_code)
 
     app.add_middleware(WatchedRequests, max_bytes=min(chat_handler.options.limits.max_bytes * 3 // 2, MAX_BODY_BYTES))

@@ -28,7 +28,6 @@ from .media import MediaReader
 from .requests import (
     ChatRequest,
     Conversation,
-    check_server_options,
     describe_value,
     read_conversation,
     read_generation_options,
@@ -41,6 +40,8 @@ logger = logging.get_logger(__name__)
 
 DOWNLOADS = 32  # at a time
 CPU_VIDEO_BYTES = 2**32  # kept in memory by default
+# Below it the likeliest token is the only one left, and scores divided by it leave the range of float32.
+LEAST_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,6 @@ class VambaChatCompletionHandler(ChatCompletionHandler):
 
     def __init__(self, options: ServingOptions, **kwargs: Any):
         super().__init__(**kwargs)
-        check_server_options(self.chat_template_kwargs)
         self.options, self.name = options, self.model_manager.force_model
         path = self.model_manager.process_model_name(self.name)
         self.model, self.processor = self.model_manager.load_model_and_processor(path)
@@ -176,10 +176,12 @@ class VambaChatCompletionHandler(ChatCompletionHandler):
         given = read_generation_options(request)
         config = copy.deepcopy(self.model.generation_config)
         config.update(**given)
-        fields = request.model_dump(include={"temperature", "top_p", "frequency_penalty", "logit_bias"})
-        config = self._build_generation_config(fields, config)
+        fields = request.model_dump(include={"temperature", "top_p", "frequency_penalty"})
+        config = self._build_generation_config(fields | {"logit_bias": request.logit_bias or None}, config)
         if request.temperature is not None or request.top_p is not None:
-            config.do_sample = request.temperature != 0
+            config.do_sample = True
+        if config.temperature is not None and config.temperature < LEAST_TEMPERATURE:
+            config.do_sample = False
         if not config.do_sample:
             # Of no meaning then, and `generate` would say so each time.
             config.temperature = config.top_p = config.top_k = None
@@ -198,6 +200,7 @@ class VambaChatCompletionHandler(ChatCompletionHandler):
 
 def check_bias(request: ChatRequest, vocab_size: int) -> None:
     for token in request.logit_bias or {}:
-        if not token.isdecimal() or int(token) >= vocab_size:
+        is_number = token.isdecimal() and len(token) <= len(str(vocab_size)) and token == str(int(token))
+        if not is_number or int(token) >= vocab_size:
             message = f"`logit_bias` has a token {describe_value(token)}; tokens are numbers below {vocab_size}."
             raise RequestError(message, "logit_bias")

@@ -7,12 +7,14 @@ import re
 import shutil
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
 from ..cache.cache import VambaCache
+from ..cache.saving import CACHE_CONFIG_NAME
 
 
 logger = logging.get_logger(__name__)
@@ -105,10 +107,16 @@ class VideoFolder:
         path.mkdir(parents=True, exist_ok=True)
 
     def __contains__(self, key: str) -> bool:
-        return (self.path / key).is_dir()
+        return (self.path / key / CACHE_CONFIG_NAME).is_file()
 
     def size(self, key: str) -> int:
-        return sum(entry.stat().st_size for entry in os.scandir(self.path / key))
+        """Of a video and of what interrupted saves of it have left; another server may drop it meanwhile."""
+        total = 0
+        for folder, _, names in os.walk(self.path / key):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    total += os.stat(os.path.join(folder, name)).st_size
+        return total
 
     def load(self, key: str, device: torch.device) -> VambaCache | None:
         """A video on a device; `None` for one that is damaged, as after a save that was interrupted."""
@@ -130,10 +138,13 @@ class VideoFolder:
             logger.error(f"A processed video could not be saved in {str(self.path)!r}: {error}")
 
     def _evict(self) -> None:
-        paths = [path for path in self.path.iterdir() if KEY.fullmatch(path.name) and not path.is_symlink()]
-        paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        used = []
+        for path in self.path.iterdir():
+            with suppress(FileNotFoundError):  # dropped by another server
+                if KEY.fullmatch(path.name) and not path.is_symlink():
+                    used.append((path.stat().st_mtime_ns, path))
         total = 0
-        for path in paths:
+        for _, path in sorted(used, reverse=True):
             total += self.size(path.name)
             if total > self.max_bytes:
                 shutil.rmtree(path, ignore_errors=True)

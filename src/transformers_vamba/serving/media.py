@@ -39,10 +39,13 @@ class OpenedMedium:
         file (`BinaryIO`, *optional*): The file. `None` where it would have to be downloaded again.
         digest (`str`): Of its content.
         stack (`ExitStack`): Closes the file.
+        stamp (`tuple`, *optional*): Of a file of this machine when its digest was taken, see [`stamp_file`].
     """
 
-    def __init__(self, named: NamedMedium, file: BinaryIO | None, digest: str, stack: ExitStack):
-        self.named, self.file, self.digest, self.stack = named, file, digest, stack
+    def __init__(
+        self, named: NamedMedium, file: BinaryIO | None, digest: str, stack: ExitStack, stamp: tuple | None = None
+    ):
+        self.named, self.file, self.digest, self.stack, self.stamp = named, file, digest, stack, stamp
 
     # What stands for the file in errors of its reader, and what the reader needs of it.
     def __repr__(self) -> str:
@@ -68,12 +71,26 @@ class OpenedMedium:
         """The same for the same content read in the same way."""
         return f"{self.named.kind}:{self.digest}:{json.dumps(self.named.options, sort_keys=True)}"
 
+    def has_changed(self) -> bool:
+        """Whether somebody has written into the file since it was opened."""
+        return self.stamp is not None and self.file is not None and stamp_file(self.file) != self.stamp
+
     def close(self) -> None:
         self.stack.close()
 
 
+def stamp_file(file: BinaryIO) -> tuple:
+    """What changes whenever the content of a file of this machine does."""
+    stat = os.fstat(file.fileno())
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 def refuse(named: NamedMedium, reason: str) -> RequestError:
     return RequestError(f"`{named.place}`: {reason}", named.place, "invalid_media")
+
+
+def refuse_changed(medium: OpenedMedium) -> RequestError:
+    return refuse(medium.named, f"{medium!r} has changed while it was read. Ask again.")
 
 
 class Known(Generic[Value]):
@@ -136,12 +153,13 @@ class MediaReader:
                 known = self._versions[named.source]
                 if known is not None and is_unchanged(named.source, known[0], self.limits):
                     return OpenedMedium(named, None, known[1], stack.pop_all())
-                version = None
+                version = stamp = None
                 if is_remote(named.source):
                     file, version = stack.enter_context(download_version(named.source, self.limits))
                 else:
                     file = stack.enter_context(open_source(named.source, self.limits))
-                digest = self._digest(named.source, file)
+                    stamp = stamp_file(file) if is_local else None
+                digest = self._digest(file, stamp)
                 if version is not None:
                     self._versions[named.source] = version, digest
             except FileNotFoundError as error:
@@ -151,16 +169,12 @@ class MediaReader:
             except (HTTPException, OSError, ValueError) as error:
                 reason = f"could not open {named.name}: {describe_error(error)}."
                 raise refuse(named, reason) from error
-            return OpenedMedium(named, file, digest, stack.pop_all())
+            return OpenedMedium(named, file, digest, stack.pop_all(), stamp)
 
-    def _digest(self, source: str, file) -> str:
+    def _digest(self, file, stamp: tuple | None) -> str:
         """SHA-256 of a file's content. A file of this machine that has not changed since is not read again."""
-        stamp = None
-        if not is_remote(source) and not is_data_url(source):
-            stat = os.fstat(file.fileno())
-            stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-            if (known := self._digests[stamp]) is not None:
-                return known
+        if stamp is not None and (known := self._digests[stamp]) is not None:
+            return known
         digest = hashlib.sha256()
         file.seek(0)  # a download is at its end
         while chunk := file.read(CHUNK_BYTES):
@@ -181,18 +195,23 @@ class MediaReader:
             self._versions[medium.named.source] = None
             with closing(self._open(medium.named)) as downloaded:
                 if downloaded.digest != medium.digest:
-                    raise refuse(medium.named, f"{medium!r} has changed while it was read. Ask again.")
+                    raise refuse_changed(medium)
                 yield from self.read(downloaded)
             return
-        if medium.named.kind == "image":
-            inputs = self.processor.image_processor(images=[self._read_image(medium)], return_tensors="pt")
-            yield {"pixel_values_videos": inputs["pixel_values"], "video_grid_thw": inputs["image_grid_thw"]}
-            return
         try:
-            for segment in self.processor.iter_video_segments(medium, progress=False, **medium.named.options):
-                yield dict(segment)
+            if medium.named.kind == "image":
+                image = self._read_image(medium)
+                inputs = self.processor.image_processor(images=[image], return_tensors="pt")
+                yield {"pixel_values_videos": inputs["pixel_values"], "video_grid_thw": inputs["image_grid_thw"]}
+            else:
+                for segment in self.processor.iter_video_segments(medium, progress=False, **medium.named.options):
+                    yield dict(segment)
         except (KeyError, MemoryError, OSError, TypeError, ValueError) as error:
-            raise refuse(medium.named, str(error)) from error
+            if medium.has_changed():
+                raise refuse_changed(medium) from error
+            raise error if isinstance(error, RequestError) else refuse(medium.named, str(error)) from error
+        if medium.has_changed():  # what was read is not the content of the digest
+            raise refuse_changed(medium)
 
     def _read_image(self, medium: OpenedMedium) -> PIL.Image.Image:
         try:

@@ -2,10 +2,11 @@
 """Requests for chat completions, checked before anything is opened."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..messages import IMAGE_KEYS, find_source, plain_part
 from ..messages import VIDEO_OPTIONS as OPTIONS_OF_VIDEOS
@@ -16,7 +17,7 @@ from .errors import RequestError
 
 MAX_MEDIA = 64  # images and videos of a request
 MAX_EDGE, MAX_PIXELS = 4096, 2**22  # of a frame, of those that a request may ask for
-TEMPLATE_OPTIONS = ("add_vision_id",)
+LEAST_PENALTY, MOST_PENALTY = 0.001, 1000.0  # past these, scores times a penalty leave the range of float32
 # Of a message that a client sends back as it got it. They say nothing to the model.
 IGNORED_OF_MESSAGES = {"name", "reasoning_content"}
 
@@ -30,6 +31,12 @@ class Message(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[dict[str, Any]] | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
 
 
 class ChatRequest(BaseModel):
@@ -74,7 +81,7 @@ class ChatRequest(BaseModel):
     prediction: None = None
     presence_penalty: Literal[0] | None = None
     reasoning_effort: None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    response_format: ResponseFormat | None = None
     tool_choice: Literal["none", "auto"] | None = None
     tools: Nothing | None = None
     top_logprobs: Literal[0] | None = None
@@ -89,14 +96,14 @@ class ChatRequest(BaseModel):
 class GenerationOptions(BaseModel):
     """What the `generation_config` of a request may set: nothing that changes how the server works."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     do_sample: bool | None = None
     max_new_tokens: int | None = Field(None, ge=1)
     min_new_tokens: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
     no_repeat_ngram_size: int | None = Field(None, ge=0)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=LEAST_PENALTY, le=MOST_PENALTY)
     temperature: float | None = Field(None, gt=0)
     top_k: int | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -126,6 +133,22 @@ class VideoOptions(BaseModel):
     size: FrameSize | None = None
     on_damage: Literal["raise", "skip"] | None = None
 
+    @model_validator(mode="after")
+    def check_bounds(self) -> "VideoOptions":
+        given = [f"`{name}`" for name in ("num_frames", "nframes", "fps") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are mutually exclusive")
+        for least, most in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
+            if (getattr(self, least) or 0) > (getattr(self, most) or math.inf):
+                raise ValueError(f"`{least}` is greater than `{most}`")
+        return self
+
+
+class ChatOptions(VideoOptions):
+    """What `chat_template_kwargs` may set: how all videos are read, and whether images and videos are numbered."""
+
+    add_vision_id: bool | None = None
+
 
 def read_request(body: dict) -> ChatRequest:
     """The request in a body of JSON."""
@@ -137,7 +160,7 @@ def read_generation_options(request: ChatRequest) -> dict:
     given = request.generation_config
     try:
         given = json.loads(given) if isinstance(given, str) else given or {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"`generation_config` is no JSON: {error}.", "generation_config") from error
     options = validate(GenerationOptions, given, "generation_config")
     return options.model_dump(exclude_none=True, exclude={"transformers_version"})
@@ -145,6 +168,7 @@ def read_generation_options(request: ChatRequest) -> dict:
 
 def validate(kind: type[Fields], content, place: str = "") -> Fields:
     """The fields in content of JSON; a [`RequestError`] names the first one that is wrong, after `place`."""
+    check_text(content)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -156,7 +180,25 @@ def validate(kind: type[Fields], content, place: str = "") -> Fields:
         if wrong["type"] == "missing":
             name = f"{name}.{wrong['loc'][-1]}".lstrip(".")
             raise RequestError(f"The request lacks `{name}`.", name) from None
-        raise RequestError(f"`{name}`: {wrong['msg']}, got {describe_value(wrong['input'])}.", name) from None
+        reason = wrong["msg"].removeprefix("Value error, ")
+        raise RequestError(f"`{name}`: {reason}, got {describe_value(wrong['input'])}.", name) from None
+
+
+def check_text(content) -> None:
+    """Raises a [`RequestError`] for half of a surrogate pair, which JSON can name but which no text has."""
+    remaining = [content]
+    while remaining:
+        each = remaining.pop()
+        if isinstance(each, dict):
+            remaining += [*each, *each.values()]
+        elif isinstance(each, list):
+            remaining += each
+        elif isinstance(each, str) and not each.isascii():
+            try:
+                each.encode()
+            except UnicodeEncodeError as error:
+                half = each[error.start]
+                raise RequestError(f"The request has half of a surrogate pair, {half!r}, which is no text.") from None
 
 
 def name_field(location: tuple, content: Any, name: str) -> str:
@@ -222,14 +264,7 @@ def read_conversation(request: ChatRequest, server_options: dict) -> Conversatio
         server_options (`dict`): What `chat_template_kwargs` are where the request has none.
     """
     given = request.chat_template_kwargs or {}
-    known = {*OPTIONS_OF_VIDEOS, *TEMPLATE_OPTIONS}
-    if unknown := sorted(set(given) - known):
-        raise RequestError(
-            f"`chat_template_kwargs` may set {', '.join(sorted(known))}, got {', '.join(unknown)}.",
-            "chat_template_kwargs",
-        )
-    videos = {name: value for name, value in given.items() if name in OPTIONS_OF_VIDEOS}
-    validate(VideoOptions, videos, "chat_template_kwargs")
+    check_chat_options(given, "chat_template_kwargs")
     options = join_options(server_options, given)
     video_options = {OPTIONS_OF_VIDEOS[name]: value for name, value in options.items() if name in OPTIONS_OF_VIDEOS}
     template_options = {name: value for name, value in options.items() if name not in OPTIONS_OF_VIDEOS}
@@ -251,10 +286,12 @@ def read_conversation(request: ChatRequest, server_options: dict) -> Conversatio
     return Conversation(messages, media, template_options)
 
 
-def check_server_options(options: dict) -> None:
-    """Raises a [`RequestError`] for options of videos, in the server's own `chat_template_kwargs`, that are wrong."""
-    videos = {name: value for name, value in options.items() if name in OPTIONS_OF_VIDEOS}
-    validate(VideoOptions, videos, "--chat-template-kwargs")
+def check_chat_options(options: dict, place: str) -> None:
+    """Raises a [`RequestError`] for `chat_template_kwargs` that are unknown or wrong; `place` is where they stand."""
+    known = set(ChatOptions.model_fields)
+    if unknown := sorted(set(options) - known):
+        raise RequestError(f"`{place}` may set {', '.join(sorted(known))}, got {', '.join(unknown)}.", place)
+    validate(ChatOptions, options, place)
 
 
 def join_options(defaults: dict, given: dict) -> dict:

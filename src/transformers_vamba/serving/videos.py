@@ -148,7 +148,7 @@ class ProcessedVideos:
         try:
             cache = None
             if self.folder is not None and key in self.folder:
-                self.memory.reserve(key, self.folder.size(key))
+                self._reserve(key, self.folder.size(key), media[-1])
                 cache = self.folder.load(key, self.model.device)
             is_encoded = cache is None
             if cache is None:

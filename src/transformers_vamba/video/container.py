@@ -13,6 +13,8 @@ import numpy as np
 PLAYLIST_FORMATS = {"concat", "dash", "hls", "imf", "sdp", "vobsub"}
 # Pixels that are longer than this many times their width, or the other way round, are a damaged header.
 LONGEST_PIXEL = 20
+# Twice those of 8K video. A file of a few kilobytes may state more, and fill the memory with a frame for each decoder.
+MOST_PIXELS = 2**26
 # Containers with a table of all frames. One that is damaged there has been cut off with the file.
 TABLE_FORMATS = {"mov", "mp4"}
 
@@ -64,6 +66,10 @@ def open_video(file, thread_count: int | None = None) -> Iterator:
             raise ValueError("it has no video stream of a known codec")
         if is_cover(stream):
             raise ValueError("it has no video stream, only a cover picture")
+        if stream.width * stream.height > MOST_PIXELS:
+            size = f"{stream.height:,}x{stream.width:,}"
+            raise ValueError(f"its frames are of {size} pixels, which are more than {MOST_PIXELS:,}")
+        stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # frames may be larger than the header says
         # With PyAV's logging on, a thread that logs an error and the one that waits for it would wait for one another.
         if av.logging.get_level() is None and thread_count != 1:
             stream.thread_type = "AUTO"

@@ -2,6 +2,7 @@
 """What a URL names, brought to a temporary file whole, within limits on size, time and place."""
 
 import http.client
+import io
 import ipaddress
 import socket
 import time
@@ -9,6 +10,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.message import Message
+from email.utils import parsedate_to_datetime
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 from urllib.error import HTTPError, URLError
@@ -131,8 +134,46 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def connection_class(base: Any, limits: SourceLimits) -> Any:
-    """A class of connections that are not even begun to an address that is not allowed."""
+class TimedReader(io.RawIOBase):
+    """
+    Reads a connection within the time of a download, which the wait for the next byte alone does not bound: a server
+    may send its headers, or the lengths of chunks, byte by byte.
+
+    Args:
+        connection (`socket.socket`): The connection.
+        copied ([`Copied`]): The download.
+    """
+
+    def __init__(self, connection: socket.socket, copied: Copied):
+        self.connection, self.copied = connection, copied
+        self.raw = connection.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int | None:
+        self.copied.check_time()
+        remaining = self.copied.deadline - time.monotonic()
+        self.connection.settimeout(min(self.copied.limits.timeout, max(remaining, 0.001)))
+        return self.raw.readinto(buffer)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+def connection_class(base: Any, limits: SourceLimits, copied: Copied | None) -> Any:
+    """
+    A class of connections that are not even begun to an address that is not allowed, and end when the time of a
+    download is over.
+    """
+
+    class Response(http.client.HTTPResponse):
+        def __init__(self, sock, *args, **kwargs):
+            super().__init__(sock, *args, **kwargs)
+            if copied is not None:
+                self.fp.close()
+                self.fp = io.BufferedReader(TimedReader(sock, copied))
 
     def connect_to_checked(address, timeout, source_address):
         host, port = address
@@ -148,6 +189,8 @@ def connection_class(base: Any, limits: SourceLimits) -> Any:
         return socket.create_connection((addresses[-1], port), timeout, source_address)
 
     class CheckedConnection(base):
+        response_class = Response
+
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self._create_connection = connect_to_checked
@@ -155,16 +198,16 @@ def connection_class(base: Any, limits: SourceLimits) -> Any:
     return CheckedConnection
 
 
-def make_opener(limits: SourceLimits) -> urllib.request.OpenerDirector:
+def make_opener(limits: SourceLimits, copied: Copied | None) -> urllib.request.OpenerDirector:
     """Opens http and https URLs, and nothing else."""
 
     class Http(urllib.request.HTTPHandler):
         def http_open(self, req):
-            return self.do_open(connection_class(http.client.HTTPConnection, limits), req)
+            return self.do_open(connection_class(http.client.HTTPConnection, limits, copied), req)
 
     class Https(urllib.request.HTTPSHandler):
         def https_open(self, req):
-            connection = connection_class(http.client.HTTPSConnection, limits)
+            connection = connection_class(http.client.HTTPSConnection, limits, copied)
             return self.do_open(connection, req, context=self._context)  # type: ignore[attr-defined]
 
     opener = urllib.request.OpenerDirector()
@@ -176,11 +219,21 @@ def make_opener(limits: SourceLimits) -> urllib.request.OpenerDirector:
     return opener
 
 
-def open_url(url: str, limits: SourceLimits, headers: dict[str, str] | None = None) -> http.client.HTTPResponse:
-    """Opens an http or https URL. Raises an `OSError`, `HTTPException` or `ValueError` if that fails."""
+def open_url(
+    url: str,
+    limits: SourceLimits,
+    headers: dict[str, str] | None = None,
+    method: str = "GET",
+    copied: Copied | None = None,
+) -> http.client.HTTPResponse:
+    """
+    Opens an http or https URL, to be read for as long as `copied` may take; without it for any time. Raises an
+    `OSError`, `HTTPException` or `ValueError` if that fails.
+    """
     limits.check_url(url)
-    request = urllib.request.Request(quote_url(url), headers={"User-Agent": "transformers-vamba", **(headers or {})})
-    return make_opener(limits).open(request, timeout=limits.timeout)
+    headers = {"User-Agent": "transformers-vamba", **(headers or {})}
+    request = urllib.request.Request(quote_url(url), headers=headers, method=method)
+    return make_opener(limits, copied).open(request, timeout=limits.timeout)
 
 
 def is_temporary(error: Exception) -> bool:
@@ -190,6 +243,21 @@ def is_temporary(error: Exception) -> bool:
     if isinstance(error, URLError):
         error = error.reason
     return isinstance(error, (ConnectionError, TimeoutError, http.client.IncompleteRead))
+
+
+def find_validator(headers: Message) -> str | None:
+    """
+    The ETag or the date of a URL's content, if it changes whenever a byte of that does: a weak ETag may not, nor may a
+    date of the second in which the content was sent, as further changes in it have the same (RFC 9110, 8.8).
+    """
+    tag, date = headers["ETag"], headers["Last-Modified"]
+    if tag and not tag.startswith("W/"):
+        return tag
+    try:
+        age = parsedate_to_datetime(headers["Date"]) - parsedate_to_datetime(date)
+    except (TypeError, ValueError):  # one of them is missing or no date
+        return None
+    return date if age.total_seconds() >= 1 else None
 
 
 class PartialDownload:
@@ -211,12 +279,11 @@ class PartialDownload:
         headers = {}
         if start and self.validator:
             headers = {"Range": f"bytes={start}-", "If-Range": self.validator}
-        with open_url(self.url, self.copied.limits, headers) as response:
+        with open_url(self.url, self.copied.limits, headers, copied=self.copied) as response:
             if response.status != 206 or not (response.headers["Content-Range"] or "").startswith(f"bytes {start}-"):
                 self.file.seek(0)
                 self.file.truncate()
-            tag = response.headers["ETag"]
-            self.validator = tag if tag and not tag.startswith("W/") else response.headers["Last-Modified"]
+            self.validator = find_validator(response.headers)
             self.copied.check_size(self.file.tell() + (response.length or 0))
             try:
                 self.copied.copy(response.read1, self.file)
@@ -272,9 +339,13 @@ def download_version(url: str, limits: SourceLimits) -> Iterator[tuple[BinaryIO,
 
 def is_unchanged(url: str, version: str, limits: SourceLimits) -> bool:
     """Whether a URL still has the content of a version that [`download_version`] gave."""
-    header = "If-None-Match" if version.startswith('"') else "If-Modified-Since"
+    is_tag = version.startswith('"')
+    headers, method = ({"If-None-Match": version}, "GET") if is_tag else ({}, "HEAD")
     try:
-        open_url(url, limits, {header: version}).close()
+        with open_url(url, limits, headers, method, Copied(limits)) as response:
+            # Dates are compared here: a file that was replaced by an older one counts as unchanged for many servers.
+            return not is_tag and find_validator(response.headers) == version
     except HTTPError as error:
         return error.code == 304
-    return False
+    except (OSError, http.client.HTTPException):
+        return False  # the download says what is wrong, and tries again

@@ -51,9 +51,8 @@ def middles_by_rate(total: int, frame_rate: float, fps: float) -> np.ndarray:
     """The frames in the middles of intervals of `1 / fps` seconds, of `total` frames at a constant rate."""
     step = max(frame_rate / fps, 1)
     # To the nearest frame; a tie to the one before, so that a rate equal to the video's takes every frame.
-    middles = (np.arange(int(np.ceil(total / step))) + 0.5) * step
-    indices = np.unique(np.ceil(middles - 0.5).astype(np.int64))
-    return indices[indices < total]
+    middles = np.ceil((np.arange(int(np.ceil(total / step))) + 0.5) * step - 0.5)
+    return np.unique(middles[middles < total].astype(np.int64))
 
 
 def nearest_to_middles(times: np.ndarray, fps: float) -> np.ndarray:
