@@ -343,8 +343,8 @@ def describe_model(path, model):
     return (
         f"**The tiny model** ({size}) shows that everything works. **It can** tell the colours, shapes, order, "
         "movement and flashes of the synthetic videos below, and of others that `examples/synthetic_videos.py` makes. "
-        f"Exact answers on unseen ones: {exact}. **It cannot** do anything else: of a film it says "
-        f'"a blue triangle". {every}'
+        f"Exact answers on unseen ones: {exact}. **It cannot** do anything else: in a film, "
+        f"too, it sees shapes. {every}"
     )
 
 

@@ -1,65 +1,132 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README and documentation: their Python runs as printed, commands have such options, links lead somewhere."""
+"""README and documentation: code runs and prints what is shown, commands have such options, links lead somewhere.
+
+The Python blocks of a page run one after another, in one fresh interpreter, in a folder with `examples`, `checkpoints`
+and the `movie.mp4` of `docs/tiny_model.md`. The published checkpoint and the GPU have stand-ins, the tiny checkpoint
+and the CPU. A `text` block after a block of code, with at most a paragraph in between, is what the code prints. In it
+`...` stands for any lines, and seconds with two decimals for any. Python that prints has such a block. Of the blocks
+for the shell, those with such a block run. Python below a comment `not run` is only compiled. The comment says why.
+
+With another tiny checkpoint the answers change. `REMAKE=1 pytest tests/test_documentation.py` writes what is printed
+into the pages and the notebook. A block with `...` is changed by hand.
+"""
 
 import contextlib
 import functools
 import io
 import json
+import os
 import re
 import runpy
 import shlex
-import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from tiny_vamba import ROOT, TINY_CHECKPOINT
+from tiny_vamba import ROOT
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(?P<comment><!-- not run: .+ -->\n)?^```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"(?P<comment><!-- not run: [^\n]+ -->\n)?^```(?P<language>python|bash)\n(?P<code>.*?)^```\n"
+    r"(?:\n(?:(?:(?!```)[^\n]+\n)+\n)?```text\n(?P<shown>.*?)^```)?",
+    re.MULTILINE | re.DOTALL,
+)
 # In blocks for the shell, in the text, and at the top of programs. A line goes on after a backslash.
 COMMAND = re.compile(r"(?:^ *|`)((?:python|torchrun|accelerate launch) (?:[^\n`\\]|\\\n)+)", re.MULTILINE)
 PROGRAMS = [
     path for folder in ("examples", "examples/benchmarks", "hub_upload") for path in (ROOT / folder).glob("*.py")
 ]
 LINK = re.compile(r"\]\((?!http|#)([^)#]+)")
-# What stands for what a test does not have: a large checkpoint, and a GPU.
+# What stands for what a test does not have: a large checkpoint, a GPU, and an environment without the package.
 STAND_INS = {
-    '"TIGER-Lab/Vamba-Qwen2-VL-7B"': repr(str(TINY_CHECKPOINT)),
-    '"checkpoints/vamba-tiny"': repr(str(TINY_CHECKPOINT)),
+    '"TIGER-Lab/Vamba-Qwen2-VL-7B"': '"checkpoints/vamba-tiny"',
     '"cuda"': '"cpu"',
     "remove_unused_columns=False,": "remove_unused_columns=False, use_cpu=True, bf16=False,",
+    "make demo": "python examples/demo.py",
 }
+MARK = "-- the next block --\n"
+REMAKE = "REMAKE" in os.environ
 
 
-def blocks(page) -> list[tuple[str, bool]]:
-    """The Python blocks of a page, and whether each can run in a test."""
-    return [(match["code"], match["comment"] is None) for match in BLOCK.finditer(page.read_text())]
+def blocks(page: Path) -> list[dict[str, str | None]]:
+    """Code that runs, with what it is shown to print (None: nothing)."""
+    found = [match.groupdict() for match in BLOCK.finditer(page.read_text())]
+    return [block for block in found if block["language"] == "python" or block["shown"]]
+
+
+def run(command: list[str], folder: Path) -> str:
+    """What it prints. `python` is the interpreter of the tests."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    completed = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    return completed.stdout
+
+
+def run_python(codes: list[str], folder: Path) -> list[str]:
+    """What each block prints."""
+    printed = run([sys.executable, "-c", "".join(f"{code}\nprint({MARK!r}, end='')\n" for code in codes)], folder)
+    return printed.split(MARK)[:-1]
+
+
+def looks_like(shown: str) -> str:
+    """A pattern of what is shown, for any lines in place of `...`, and any times."""
+    return re.sub(r"\d+\\\.\d\d\\ s", r"\\d+\\.\\d\\d s", re.escape(shown).replace(r"\.\.\." "\\\n", r"(?:.*\n)*"))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """What pages find in a clone, with the movie that a command of the documentation writes."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("examples", "checkpoints"):
+        (folder / name).symlink_to(ROOT / name)
+    text = (ROOT / "docs" / "tiny_model.md").read_text()
+    (command,) = [match["code"] for match in BLOCK.finditer(text) if "movie.mp4" in match["code"]]
+    run(["bash", "-ec", command], folder)
+    return folder
+
+
+@pytest.fixture
+def folder(clone, tmp_path):
+    """A folder with the same in it."""
+    for path in clone.iterdir():
+        (tmp_path / path.name).symlink_to(path.resolve())
+    return tmp_path
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
-def test_blocks_run(page, video_file, tmp_path):
-    """Those of a page one after another, in one fresh interpreter, beside a `movie.mp4`."""
-    shutil.copy(video_file, tmp_path / "movie.mp4")
-    code = ""
-    for block, can_run in blocks(page):
-        compile(block, str(page), "exec")
-        code += block if can_run else ""
-    for name, stand_in in STAND_INS.items():
-        code = code.replace(name, stand_in)
-    completed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert completed.returncode == 0, completed.stderr[-3000:]
+def test_blocks_run(page, folder):
+    codes = blocks(page)
+    for block in codes:
+        for name, stand_in in STAND_INS.items():
+            block["code"] = block["code"].replace(name, stand_in)
+    shell = [block for block in codes if block["language"] == "bash"]
+    python = [block for block in codes if block["language"] == "python" and block["comment"] is None]
+    for block in codes:
+        if block["language"] == "python":
+            compile(block["code"], str(page), "exec")
+            assert block["shown"] or block["comment"] or "print(" not in block["code"], "shows not what it prints"
+    printed = [run(["bash", "-ec", block["code"]], folder) for block in shell]
+    printed += run_python([block["code"] for block in python], folder) if python else []
+    for block, text in zip(shell + python, printed):
+        if REMAKE and block["shown"] and "...\n" not in block["shown"]:
+            page.write_text(page.read_text().replace(f"```text\n{block['shown']}```", f"```text\n{text}```"))
+        elif block["shown"]:
+            assert re.fullmatch(looks_like(block["shown"]), text), text
 
 
 def test_notebook():
     """It prints what is saved in it."""
-    cells = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text())["cells"]
-    cells = [cell for cell in cells if cell["cell_type"] == "code"]
-    code = "\n".join("".join(cell["source"]) for cell in cells)
-    completed = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "docs", capture_output=True, text=True)
-    assert completed.returncode == 0, completed.stderr[-3000:]
-    assert completed.stdout == "".join(line for cell in cells for output in cell["outputs"] for line in output["text"])
+    path = ROOT / "docs" / "quickstart.ipynb"
+    notebook = json.loads(path.read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    printed = run_python(["".join(cell["source"]) for cell in cells], path.parent)
+    if REMAKE:
+        for cell, text in zip(cells, printed):
+            cell["outputs"][0]["text"] = text.splitlines(keepends=True)
+        path.write_text(json.dumps(notebook, indent=1) + "\n")
+    assert printed == ["".join(line for output in cell["outputs"] for line in output["text"]) for cell in cells]
 
 
 def commands(path) -> list[list[str]]:

@@ -171,7 +171,7 @@ def test_a_visit(page, visit, keep_picture, tmp_path, monkeypatch):
     visitor.see("#report", "32 frames in", "Ask.")
 
     visitor.ask("What came first?")
-    visitor.see("#chat", "a green triangle", "Seen at 0:04.0 to 0:06.0")
+    visitor.see("#chat", "a green triangle", "Seen at 0:05.0 to 0:06.0")
     visitor.see("#chat img")
     keep_picture(visitor, "answer")
     visitor.ask("List the colors in the order in which they appeared.")

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Questions about images and videos, as OpenAI's client asks them."""
 
+import ast
 import http.server
 import io
 import json
+import re
+import subprocess
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import PIL.Image
 import pytest
 from asking import QUESTION, answer, ask, data_url, image, num_cached, text, video
+from tiny_vamba import ROOT
 
 
 ORDER = "In which order did the colours come?"
@@ -198,3 +203,33 @@ def test_models_and_health(server):
     for path in ("health", "v1/models"):
         with urllib.request.urlopen(f"{server.url}/{path}", timeout=60) as response:
             assert response.status == 200
+
+
+def test_what_the_documentation_asks(server, media_root, address, capsys):
+    """The blocks of `docs/serving.md` for curl and for OpenAI's client, about a video of the tests."""
+    names = {
+        "http://localhost:8000": server.url,
+        "https://example.org/movie.mp4": address,
+        "movie.mp4": "movement.mp4",
+    }
+    page = (ROOT / "docs" / "serving.md").read_text()
+    for name, here in names.items():
+        page = page.replace(name, here)
+    expected = [
+        answer(ask(server, video("movement.mp4", **options), text("What happens first?")))
+        for options in ({}, {"fps": 2})
+    ]
+
+    block = r"^```{}\n(.*?)^```"
+    commands = re.findall(block.format("bash"), page, re.MULTILINE | re.DOTALL)
+    run = partial(subprocess.run, cwd=media_root, capture_output=True, text=True, check=True)
+    printed = [run(["bash", "-ec", command]).stdout for command in commands if "curl" in command]
+    lines = [line for line in printed.pop(1).splitlines() if line.startswith("data: {")]
+    choices = [choice for line in lines for choice in json.loads(line.removeprefix("data: "))["choices"]]
+    assert "".join(choice["delta"].get("content") or "" for choice in choices) == expected[1]
+    assert [json.loads(reply)["choices"][0]["message"]["content"] for reply in printed] == [expected[0]] * 2
+
+    exec("\n".join(re.findall(block.format("python"), page, re.MULTILINE | re.DOTALL)), {})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{expected[0]} CompletionUsage(")
+    assert len(ast.literal_eval(second[second.index("[") :])) == 3
