@@ -87,6 +87,19 @@ def test_covers_a_question(launches, monkeypatch, dtype, implementation):
 
 
 @needs_triton
+@pytest.mark.parametrize("num_steps", (5, 200))
+def test_covers_few_and_many_patches(launches, monkeypatch, num_steps):
+    """On an H100 the tower's activation is part of a product if there are many patches."""
+    monkeypatch.setattr("transformers_vamba.ops.gelu_linear.shared_memory", lambda device: 232_448)
+    monkeypatch.setattr("transformers_vamba.ops.gelu_linear.describe", lambda tensor, block: tensor)
+    compiled = compiled_for(launches, torch.bfloat16)
+    tiny_model(dtype=torch.bfloat16).encode_video(**make_media("video", (num_steps, 4, 6)), segment_frames=400)
+    names = {name for name, *_ in launches}
+    assert set(launches) <= compiled
+    assert ("_linear_quick_gelu" in names) == (num_steps == 200) == ("_quick_gelu" not in names)
+
+
+@needs_triton
 def test_goes_on_after_what_it_cannot_run(launches):
     config = tiny_config(mamba_implementation="mamba_ssm")
     with compiled_launches(torch.device("cpu")), torch.device("meta"):

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..configuration_vamba import VambaConfig, VambaTextConfig
 from ..ops.flash_decoding import can_flash_decode, flash_decode
+from ..ops.gelu_linear import can_fuse_gelu
 from ..ops.quantized_attention import quantize
 from ..ops.rotary import rotate_text
 from ..ops.step_kernels import can_fuse, mix_and_norm
@@ -78,6 +79,8 @@ def _encode_frames(config: VambaConfig, purpose: Purpose) -> None:
     angles = torch.empty(NUM_PATCHES, vision.embed_dim // vision.num_heads, dtype=torch.float32)
     patches = torch.empty(NUM_PATCHES, vision.embed_dim, dtype=purpose.dtype)
     block(patches, cu_seqlens=None, position_embeddings=(angles, angles), frame_length=NUM_PATCHES)
+    if can_fuse_gelu(patches, block.mlp.fc1):  # which has its activation within for so many patches alone
+        block.mlp(patches[:NUM_TOKENS])
 
 
 def _mix(config: VambaConfig, purpose: Purpose) -> None:
