@@ -237,8 +237,7 @@ class VambaProcessor(Qwen2VLProcessor):
                 cache = model.encode_video(**segment, cache=cache)
 
         The segments, one after another, are what `processor(videos=[video])` gives at once. A background thread
-        decodes two of them ahead; no more than four are in memory at a time, whatever the length. In a program that
-        uses CUDA it is pinned memory, unless you keep more of them.
+        decodes two of them ahead; no more than four are in memory at a time, whatever the length.
 
         Args:
             video:
@@ -247,9 +246,7 @@ class VambaProcessor(Qwen2VLProcessor):
             num_frames (`int`, *optional*), fps (`float`, *optional*):
                 How many frames to sample, or how many a second. By default as the video processor is set.
             segment_frames (`int`, *optional*, defaults to 64):
-                Greatest number of sampled frames in a segment, a multiple of `temporal_patch_size`. The first ones
-                come as a quarter, a quarter and a half of a segment, if these are multiples too: the model has
-                something to do sooner.
+                Greatest number of sampled frames in a segment, a multiple of `temporal_patch_size`.
             progress (`bool`, *optional*):
                 Whether to show a progress bar. By default only if stderr is a terminal.
             live (`bool`, *optional*, defaults to `False`):

@@ -60,8 +60,7 @@ def iter_video_segments(
         stop = threading.Event()
         read = read_live if live else read_sampled
         # Decoding goes on while a segment is made into patches.
-        lengths = stretch_lengths(segment_frames, temporal_patch_size)
-        stretches = read_ahead(read(video_processor, video, kwargs, lengths, stop.is_set), stop)
+        stretches = read_ahead(read(video_processor, video, kwargs, segment_frames, stop.is_set), stop)
         preprocessed = preprocess_stretches(video_processor, stretches, temporal_patch_size, segment_kwargs)
         disable = None if progress is None else not progress
         with (
@@ -82,16 +81,6 @@ def iter_video_segments(
     return segments()
 
 
-def stretch_lengths(segment_frames: int, temporal_patch_size: int) -> Iterator[int]:
-    """
-    The frames of each segment. The first ones come in smaller pieces, if there are such: a quarter, a quarter and a
-    half. A GPU begins sooner, and is not through with a piece before the next one is there.
-    """
-    if segment_frames % (4 * temporal_patch_size) == 0:
-        yield from (segment_frames // 4, segment_frames // 4, segment_frames // 2)
-    yield from itertools.repeat(segment_frames)
-
-
 def check_live(kwargs: dict):
     """Raises a `ValueError` for sampling that needs the length of a video."""
     for name in ("num_frames", "min_frames", "max_frames") if kwargs["do_sample_frames"] else ():
@@ -103,10 +92,10 @@ def check_live(kwargs: dict):
 
 
 def read_sampled(
-    video_processor, video, kwargs: dict, lengths: Iterator[int], stop: Callable[[], bool]
+    video_processor, video, kwargs: dict, segment_frames: int, stop: Callable[[], bool]
 ) -> Generator[tuple[list[torch.Tensor], np.ndarray, int]]:
     """
-    The sampled frames of a video, resized, as many at a time as `lengths` say, their times in seconds (float64, NaN if
+    The sampled frames of a video, resized, at most `segment_frames` at a time, their times in seconds (float64, NaN if
     not known), and how many there are in all. If reading fails, what came before is given first.
     """
     with open_frames(
@@ -116,16 +105,15 @@ def read_sampled(
         seconds = seconds_of_frames(metadata, len(indices))
         transform = video_processor.frame_transform(frames, kwargs)
         with closing(frames.read(indices, transform)) as resized:
-            for stretch in cut(resized, lengths):
-                yield stretch, seconds[: len(stretch)], len(indices)
-                seconds = seconds[len(stretch) :]
+            for i, stretch in enumerate(cut(resized, segment_frames)):
+                yield stretch, seconds[i * segment_frames :][: len(stretch)], len(indices)
         if frames.failure is not None:
             with errors_of(video):
                 raise frames.failure
 
 
 def read_live(
-    video_processor, video, kwargs: dict, lengths: Iterator[int], stop: Callable[[], bool]
+    video_processor, video, kwargs: dict, segment_frames: int, stop: Callable[[], bool]
 ) -> Generator[tuple[list[torch.Tensor], np.ndarray, None]]:
     """As [`read_sampled`], of a source that is read as it comes: the number of frames is not known."""
     fps = kwargs["fps"] if kwargs["do_sample_frames"] else None
@@ -139,7 +127,7 @@ def read_live(
         decoded = decoded if first is None else itertools.chain([first], decoded)
         sampled = decoded if fps is None else sample_live(decoded, stream.average_rate, fps)
         num_frames = 0
-        for stretch in cut(((transform(picture.to_array(frame)), frame.time) for frame in sampled), lengths):
+        for stretch in cut(((transform(picture.to_array(frame)), frame.time) for frame in sampled), segment_frames):
             num_frames += len(stretch)
             resized, seconds = zip(*stretch)
             yield list(resized), np.array(seconds, dtype=np.float64) - begin, None
@@ -162,8 +150,8 @@ def live_packets(container) -> Iterator:
         ) from error
 
 
-def cut(frames: Iterator, lengths: Iterator[int]) -> Iterator[list]:
-    """Lists of so many frames, the last one shorter. If a frame fails, those before it are given first."""
+def cut(frames: Iterator, length: int) -> Iterator[list]:
+    """Lists of `length` frames, the last one shorter. If a frame fails, those before it are given first."""
     failure = None
 
     def until_failure():
@@ -174,7 +162,7 @@ def cut(frames: Iterator, lengths: Iterator[int]) -> Iterator[list]:
             failure = error
 
     intact = until_failure()
-    while stretch := list(itertools.islice(intact, next(lengths))):
+    while stretch := list(itertools.islice(intact, length)):
         yield stretch
     if failure is not None:
         raise failure
