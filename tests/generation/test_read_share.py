@@ -437,6 +437,10 @@ def test_a_share_that_does_not_exist(model, text, wrong):
 def test_without_a_cache_of_the_text(model, text):
     with pytest.raises(ValueError, match="`video_read_share` is 0.2, but without a cache of the text"):
         model.generate(text, **double(VIDEO), video_read_share=0.2, use_cache=False)
+    cache = model.encode_video(**double(VIDEO))
+    with pytest.raises(ValueError, match="`video_read_share` is 0.2, but without a cache of the text"):
+        model.generate(text, cache=cache, **double(VIDEO), video_read_share=0.2, use_cache=False, num_beams=2)
+    assert cache.rows is None and cache.video_lengths == [NUM_TOKENS]  # as it was
     with pytest.raises(TypeError, match="video_read_share"):
         model(input_ids=text, **double(VIDEO), video_read_share=0.2)
 

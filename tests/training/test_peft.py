@@ -13,6 +13,8 @@ from tiny_vamba import make_media, make_text, tiny_config, tiny_model
 from torch import nn
 
 from transformers_vamba import lora_target_modules
+from transformers_vamba.cache import excerpts
+from transformers_vamba.generation.read_share import TOKENS_WATCHED
 from transformers_vamba.training.peft import VambaPeftModel
 
 
@@ -280,6 +282,30 @@ def test_prompt_tuned_model_generates(tuner, inputs):
     with torch.no_grad():
         expected = model(**whole).logits[:, 4 + 9 : -1].argmax(-1)
     assert tokens.shape == (2, 14) and torch.equal(tokens[:, 10:], expected)
+
+
+@pytest.mark.parametrize("tuner", ("prompt tuning", "P-tuning"))
+def test_virtual_tokens_are_not_taken_for_the_beginning_of_a_prompt(tuner, monkeypatch):
+    """What an answer reads of a video is what the last tokens of the prompt have read, wherever they stand."""
+    monkeypatch.setattr(excerpts, "LEAST_STEPS", 1)
+    model = adapted_model(tuner).double()
+    base, text = model.get_base_model(), make_text(length=TOKENS_WATCHED + 7)
+    media = make_media("video", (20, 4, 6))
+    cache = base.encode_video(media["pixel_values_videos"].double(), media["video_grid_thw"])
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options |= {"video_read_share": 0.2}
+    tuned = model.generate(input_ids=text, attention_mask=torch.ones_like(text), cache=cache.fork(), **options)
+    embeds = torch.cat([model.get_prompt(1), base.get_input_embeddings()(text)], dim=1)
+    expected = base.generate(inputs_embeds=embeds, cache=cache.fork(), **options)
+    torch.testing.assert_close(torch.stack(tuned.logits), torch.stack(expected.logits))
+    with pytest.raises(RuntimeError, match="got 1 of the 5 tokens .* leave out `prefill_chunk_size`"):
+        model.generate(
+            input_ids=text,
+            attention_mask=torch.ones_like(text),
+            cache=cache.fork(),
+            prefill_chunk_size=5,
+            **options,
+        )
 
 
 def test_prefix_tuning_does_not_lose_the_video_in_generation():
