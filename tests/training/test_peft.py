@@ -3,7 +3,7 @@
 
 import copy
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import peft
 import pytest
@@ -298,14 +298,23 @@ def test_virtual_tokens_are_not_taken_for_the_beginning_of_a_prompt(tuner, monke
     embeds = torch.cat([model.get_prompt(1), base.get_input_embeddings()(text)], dim=1)
     expected = base.generate(inputs_embeds=embeds, cache=cache.fork(), **options)
     torch.testing.assert_close(torch.stack(tuned.logits), torch.stack(expected.logits))
-    with pytest.raises(RuntimeError, match="got 1 of the 5 tokens .* leave out `prefill_chunk_size`"):
-        model.generate(
-            input_ids=text,
-            attention_mask=torch.ones_like(text),
-            cache=cache.fork(),
-            prefill_chunk_size=5,
-            **options,
-        )
+
+
+def test_a_prompt_that_virtual_tokens_would_cut_is_refused():
+    """PEFT reads the last token alone of what comes after its virtual tokens and their chunk."""
+    model, text = adapted_model("prompt tuning"), make_text(length=10)
+    ask = partial(model.generate, max_new_tokens=2, do_sample=False)
+    cache = model.get_base_model().encode_video(**make_media("video", (3, 4, 4)))
+    mask = torch.ones_like(text)
+    expected = ask(input_ids=text, attention_mask=mask, cache=cache.fork())
+    chunk = ask(input_ids=text, attention_mask=mask, cache=cache.fork(), prefill_chunk_size=10)
+    assert torch.equal(chunk, expected)
+    with pytest.raises(ValueError, match="`prefill_chunk_size` is 9, and PEFT's prompt tuning reads .* of 10 tokens"):
+        ask(input_ids=text, attention_mask=mask, cache=cache.fork(), prefill_chunk_size=9)
+    ask(input_ids=text, attention_mask=mask, cache=cache)
+    text = torch.cat([expected, make_text(length=9)], dim=1)
+    with pytest.raises(ValueError, match="holds 15 tokens of text, and PEFT's prompt tuning cannot go on from them"):
+        ask(input_ids=text, attention_mask=torch.ones_like(text), cache=cache)
 
 
 def test_prefix_tuning_does_not_lose_the_video_in_generation():

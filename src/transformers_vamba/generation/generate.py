@@ -15,7 +15,13 @@ from transformers.utils import ModelOutput
 from ..cache.cache import VIDEO_OPTIONS, VambaCache
 from ..cache.excerpts import check_read_share
 from ..compat import CACHE_NAME, NEWEST_TESTED, OLDEST_TESTED, rename_cache, takes_cache
-from ..inputs.checks import check_prompt_goes_on, check_prompt_repeats, check_tensor, check_text
+from ..inputs.checks import (
+    check_prompt_goes_on,
+    check_prompt_repeats,
+    check_tensor,
+    check_text,
+    check_virtual_tokens,
+)
 from ..inputs.media import Medium, drop_grids_without_pixels, group_media_by_row, pop_media
 from ..layers.vision import SEGMENT_FRAMES
 from .captured_step import plan_step
@@ -91,6 +97,12 @@ class VambaGenerationMixin(GenerationMixin):
         cache = model_kwargs.get(CACHE_NAME)
         if not isinstance(cache, VambaCache):
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        check_virtual_tokens(
+            self.prepare_inputs_for_generation,
+            cache.get_seq_length(),
+            input_ids.shape[1],
+            generation_config.prefill_chunk_size,
+        )
         if input_ids.shape[1] == self._prompt_length(generation_config, model_kwargs):
             check_prompt_repeats(cache.read_ids(), input_ids, model_kwargs.get("attention_mask"))
             cache.text_ids = input_ids

@@ -55,12 +55,6 @@ class StepChooser:
         """The watcher, see [`VambaCache`]."""
         is_watched = self._is_watched[:, self._start : self._stop]
         first = hidden_states.shape[1] - (self._stop - self._start)
-        if first < 0:
-            raise RuntimeError(
-                f"The decoder got {hidden_states.shape[1]} of the {self._stop - self._start} tokens that `generate` "
-                "has prepared for it. Something in between has cut them, as PEFT does if a prompt of virtual tokens "
-                "comes in pieces: leave out `prefill_chunk_size`, and give the cache of a video without text."
-            )
         videos = dict(zip(self._rows, videos_by_row(hidden_states, reads)))
         for row in range(0, len(self._rows), self._num_copies):
             video = self._rows[row]
