@@ -329,7 +329,11 @@ def test_mixed_adapters_beside_videos_are_an_error_that_names_the_cause():
     model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules="all-linear"))
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules="all-linear"))
     model.eval()
+    cache = model.get_base_model().encode_video(**make_media("video", (3, 4, 4)))
     with torch.no_grad():
         model(**INPUTS["text"], adapter_names=["default", "other"])
         with pytest.raises(ValueError, match="cannot mix adapters in a batch with images or videos.*set_adapter"):
             model(**INPUTS["video"], adapter_names=["default", "other"])
+    for inputs in (INPUTS["video"], {**TEXT, "cache": cache}):
+        with pytest.raises(ValueError, match="cannot mix adapters in a batch with images or videos.*set_adapter"):
+            model.generate(**inputs, adapter_names=["default", "other"], max_new_tokens=2)

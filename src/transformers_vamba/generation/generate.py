@@ -16,6 +16,7 @@ from ..cache.cache import VIDEO_OPTIONS, VambaCache
 from ..cache.excerpts import check_read_share
 from ..compat import CACHE_NAME, NEWEST_TESTED, OLDEST_TESTED, rename_cache, takes_cache
 from ..inputs.checks import (
+    adapter_names_explained,
     check_prompt_goes_on,
     check_prompt_repeats,
     check_tensor,
@@ -58,7 +59,7 @@ class VambaGenerationMixin(GenerationMixin):
         kwargs = rename_cache(kwargs)
         given = kwargs.get(CACHE_NAME)
         try:
-            with checkpointing_paused(self):
+            with checkpointing_paused(self), adapter_names_explained():
                 outputs = super().generate(*args, **kwargs)
         finally:
             if isinstance(given, VambaCache):
