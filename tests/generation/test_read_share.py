@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """An answer that reads a share of its video, beside attention in float64 that masks all the rest."""
 
+import copy
 import gc
 import json
 import math
+import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -354,7 +356,15 @@ def test_the_excerpt_goes_with_the_generation(monkeypatch, model, text, way):
     assert cache.excerpts == {} and cache.watcher is None
 
 
-def test_a_fork_of_a_running_generation_reads_all(model, text):
+COPIES = {
+    "fork": VambaCache.fork,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda cache: pickle.loads(pickle.dumps(cache)),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_of_a_running_generation_reads_all(model, text, way):
     """What streams an answer may ask another question about the video meanwhile."""
     cache = model.encode_video(**double(VIDEO))
     expected = logits_of(generate(model, text, cache=cache.fork()))
@@ -363,8 +373,8 @@ def test_a_fork_of_a_running_generation_reads_all(model, text):
     class Asks(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
             if not found:
-                fork = cache.fork()
-                found.append((fork.excerpts, fork.watcher, cache.excerpts))
+                copied = COPIES[way](cache)
+                found.append((copied.excerpts, copied.watcher, cache.excerpts))
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
     generate(model, text, cache=cache, video_read_share=0.2, stopping_criteria=StoppingCriteriaList([Asks()]))
@@ -437,6 +447,10 @@ def test_a_share_that_does_not_exist(model, text, wrong):
 def test_without_a_cache_of_the_text(model, text):
     with pytest.raises(ValueError, match="`video_read_share` is 0.2, but without a cache of the text"):
         model.generate(text, **double(VIDEO), video_read_share=0.2, use_cache=False)
+    cache = model.encode_video(**double(VIDEO))
+    with pytest.raises(ValueError, match="`video_read_share` is 0.2, but without a cache of the text"):
+        model.generate(text, cache=cache, **double(VIDEO), video_read_share=0.2, use_cache=False, num_beams=2)
+    assert cache.rows is None and cache.video_lengths == [NUM_TOKENS]  # as it was
     with pytest.raises(TypeError, match="video_read_share"):
         model(input_ids=text, **double(VIDEO), video_read_share=0.2)
 

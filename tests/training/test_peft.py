@@ -3,7 +3,7 @@
 
 import copy
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import peft
 import pytest
@@ -13,6 +13,8 @@ from tiny_vamba import make_media, make_text, tiny_config, tiny_model
 from torch import nn
 
 from transformers_vamba import lora_target_modules
+from transformers_vamba.cache import excerpts
+from transformers_vamba.generation.read_share import TOKENS_WATCHED
 from transformers_vamba.training.peft import VambaPeftModel
 
 
@@ -282,6 +284,39 @@ def test_prompt_tuned_model_generates(tuner, inputs):
     assert tokens.shape == (2, 14) and torch.equal(tokens[:, 10:], expected)
 
 
+@pytest.mark.parametrize("tuner", ("prompt tuning", "P-tuning"))
+def test_virtual_tokens_are_not_taken_for_the_beginning_of_a_prompt(tuner, monkeypatch):
+    """What an answer reads of a video is what the last tokens of the prompt have read, wherever they stand."""
+    monkeypatch.setattr(excerpts, "LEAST_STEPS", 1)
+    model = adapted_model(tuner).double()
+    base, text = model.get_base_model(), make_text(length=TOKENS_WATCHED + 7)
+    media = make_media("video", (20, 4, 6))
+    cache = base.encode_video(media["pixel_values_videos"].double(), media["video_grid_thw"])
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options |= {"video_read_share": 0.2}
+    tuned = model.generate(input_ids=text, attention_mask=torch.ones_like(text), cache=cache.fork(), **options)
+    embeds = torch.cat([model.get_prompt(1), base.get_input_embeddings()(text)], dim=1)
+    expected = base.generate(inputs_embeds=embeds, cache=cache.fork(), **options)
+    torch.testing.assert_close(torch.stack(tuned.logits), torch.stack(expected.logits))
+
+
+def test_a_prompt_that_virtual_tokens_would_cut_is_refused():
+    """PEFT reads the last token alone of what comes after its virtual tokens and their chunk."""
+    model, text = adapted_model("prompt tuning"), make_text(length=10)
+    ask = partial(model.generate, max_new_tokens=2, do_sample=False)
+    cache = model.get_base_model().encode_video(**make_media("video", (3, 4, 4)))
+    mask = torch.ones_like(text)
+    expected = ask(input_ids=text, attention_mask=mask, cache=cache.fork())
+    chunk = ask(input_ids=text, attention_mask=mask, cache=cache.fork(), prefill_chunk_size=10)
+    assert torch.equal(chunk, expected)
+    with pytest.raises(ValueError, match="`prefill_chunk_size` is 9, and PEFT's prompt tuning reads .* of 10 tokens"):
+        ask(input_ids=text, attention_mask=mask, cache=cache.fork(), prefill_chunk_size=9)
+    ask(input_ids=text, attention_mask=mask, cache=cache)
+    text = torch.cat([expected, make_text(length=9)], dim=1)
+    with pytest.raises(ValueError, match="holds 15 tokens of text, and PEFT's prompt tuning cannot go on from them"):
+        ask(input_ids=text, attention_mask=torch.ones_like(text), cache=cache)
+
+
 def test_prefix_tuning_does_not_lose_the_video_in_generation():
     """PEFT puts a cache of its own, with the prefix, in the place of the one that holds the video."""
     model = adapted_model("prefix tuning")
@@ -294,7 +329,11 @@ def test_mixed_adapters_beside_videos_are_an_error_that_names_the_cause():
     model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules="all-linear"))
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules="all-linear"))
     model.eval()
+    cache = model.get_base_model().encode_video(**make_media("video", (3, 4, 4)))
     with torch.no_grad():
         model(**INPUTS["text"], adapter_names=["default", "other"])
         with pytest.raises(ValueError, match="cannot mix adapters in a batch with images or videos.*set_adapter"):
             model(**INPUTS["video"], adapter_names=["default", "other"])
+    for inputs in (INPUTS["video"], {**TEXT, "cache": cache}):
+        with pytest.raises(ValueError, match="cannot mix adapters in a batch with images or videos.*set_adapter"):
+            model.generate(**inputs, adapter_names=["default", "other"], max_new_tokens=2)

@@ -131,6 +131,10 @@ class VambaCache(Cache):
             cls = VambaStaticCache
         return cls(config, text_cache, **video_options)
 
+    def __getstate__(self) -> dict:
+        # A copy has no part in the generation that may be running: it reads all of the videos.
+        return {**vars(self), "step_plan": None, "watcher": None, "excerpts": {}}
+
     def __repr__(self):
         return f"{type(self).__name__}(layers={self.layers}, video_lengths={self.video_lengths}, rows={self.rows})"
 
@@ -382,7 +386,6 @@ class VambaCache(Cache):
         fork.videos = [[layer.fork() for layer in video] for video in self.videos]
         fork.steps, fork.changes = dict(self.steps), dict(self.changes)
         fork.rows = None if self.rows is None else list(self.rows)
-        fork.step_plan, fork.watcher, fork.excerpts = None, None, {}
         return fork
 
     def to(self, device: torch.device | str | None) -> "VambaCache":

@@ -15,7 +15,14 @@ from transformers.utils import ModelOutput
 from ..cache.cache import VIDEO_OPTIONS, VambaCache
 from ..cache.excerpts import check_read_share
 from ..compat import CACHE_NAME, NEWEST_TESTED, OLDEST_TESTED, rename_cache, takes_cache
-from ..inputs.checks import check_prompt_goes_on, check_prompt_repeats, check_tensor, check_text
+from ..inputs.checks import (
+    adapter_names_explained,
+    check_prompt_goes_on,
+    check_prompt_repeats,
+    check_tensor,
+    check_text,
+    check_virtual_tokens,
+)
 from ..inputs.media import Medium, drop_grids_without_pixels, group_media_by_row, pop_media
 from ..layers.vision import SEGMENT_FRAMES
 from .captured_step import plan_step
@@ -52,7 +59,7 @@ class VambaGenerationMixin(GenerationMixin):
         kwargs = rename_cache(kwargs)
         given = kwargs.get(CACHE_NAME)
         try:
-            with checkpointing_paused(self):
+            with checkpointing_paused(self), adapter_names_explained():
                 outputs = super().generate(*args, **kwargs)
         finally:
             if isinstance(given, VambaCache):
@@ -74,11 +81,14 @@ class VambaGenerationMixin(GenerationMixin):
         kwargs = rename_cache(kwargs)
         cache: Any = kwargs.get(CACHE_NAME)
         chooser = getattr(cache, "watcher", None)
-        if isinstance(chooser, StepChooser) and chooser.has_ended(cache):
+        if isinstance(chooser, StepChooser) and chooser.has_ended:
             cache.watcher = None  # from now on, what it has chosen is read
             if cache.is_compileable and not cache.is_video_offloaded:
                 cache.mark_static_videos()
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if isinstance(chooser, StepChooser):
+            texts = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            chooser.expect(texts.shape[1])
         for name in _READ_BY_GENERATE:
             inputs.pop(name, None)
         # `forward` takes the cache under either name, and PEFT's prompt learning (0.21) looks for the older one.
@@ -88,6 +98,12 @@ class VambaGenerationMixin(GenerationMixin):
         cache = model_kwargs.get(CACHE_NAME)
         if not isinstance(cache, VambaCache):
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        check_virtual_tokens(
+            self.prepare_inputs_for_generation,
+            cache.get_seq_length(),
+            input_ids.shape[1],
+            generation_config.prefill_chunk_size,
+        )
         if input_ids.shape[1] == self._prompt_length(generation_config, model_kwargs):
             check_prompt_repeats(cache.read_ids(), input_ids, model_kwargs.get("attention_mask"))
             cache.text_ids = input_ids
@@ -117,7 +133,8 @@ class VambaGenerationMixin(GenerationMixin):
         return input_ids, model_kwargs | media
 
     def _validate_model_kwargs(self, model_kwargs):
-        for name in VIDEO_OPTIONS:  # for the cache, not for `forward`
+        # The options are for the cache, not for `forward`, and the cache is known, also where PEFT hides by what name.
+        for name in (*VIDEO_OPTIONS, CACHE_NAME):
             model_kwargs.pop(name, None)
         super()._validate_model_kwargs(model_kwargs)
 
@@ -158,29 +175,24 @@ class VambaGenerationMixin(GenerationMixin):
             if isinstance(encoded, VambaCache):
                 cache.videos, cache.rows = encoded.videos, encoded.rows
                 cache.steps, cache.changes = encoded.steps, encoded.changes
+        read_share = cache.video_read_share if read_share is None else read_share
+        if read_share is not None and generation_config.use_cache is False:
+            raise ValueError(
+                f"`video_read_share` is {read_share!r}, but without a cache of the text (`use_cache=False`) the whole "
+                "text is read anew for every token. Leave out one of the two."
+            )
         self.model.encode_media(media, cache)
         num_copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         cache.rows = [row for row in cache.rows or () for _ in range(num_copies)]
         if cache.is_compileable and not cache.is_video_offloaded:
             cache.mark_static_videos()
-        read_share = cache.video_read_share if read_share is None else read_share
         if read_share is not None:
-            self._choose_steps(cache, read_share, generation_config, model_kwargs, prompt_length, num_copies)
+            # Lets the prompt choose what the answer reads.
+            mask = model_kwargs.get("attention_mask")
+            mask = torch.ones(len(cache.rows), prompt_length or 0) if mask is None else mask
+            cache.watcher = StepChooser(cache, read_share, mask, num_copies)
         cache.step_plan = plan_step(self, cache, generation_config, generation_mode, prompt_length, max_cache_length)
         model_kwargs[CACHE_NAME] = cache
-
-    def _choose_steps(
-        self, cache: VambaCache, read_share: float, generation_config, model_kwargs: dict, prompt_length, num_copies
-    ) -> None:
-        """Lets the prompt choose what the answer reads of the videos in the cache."""
-        if generation_config.use_cache is False:
-            raise ValueError(
-                f"`video_read_share` is {read_share!r}, but without a cache of the text (`use_cache=False`) the whole "
-                "text is read anew for every token. Leave out one of the two."
-            )
-        mask = model_kwargs.get("attention_mask")
-        mask = torch.ones(len(cache.rows or ()), prompt_length) if mask is None else mask
-        cache.watcher = StepChooser(cache, read_share, mask, num_copies)
 
     def _take_new_media(
         self, model_kwargs: dict, batch_size: int, past_length: int, prompt_length: int | None

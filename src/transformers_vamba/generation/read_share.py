@@ -38,17 +38,23 @@ class StepChooser:
                 self._steps[video], self._num_tokens[video] = steps, num_tokens
                 cache.excerpts[video] = []
         self._weights: dict[tuple[int, int], torch.Tensor] = {}  # by layer and row
+        self._start, self._stop = 0, cache.get_seq_length()  # of what the last pass has brought of the prompt
 
-    def has_ended(self, cache: VambaCache) -> bool:
-        """Whether the cache holds all of the prompt."""
-        return cache.get_seq_length() >= self._is_watched.shape[1]
+    def expect(self, num_tokens: int) -> None:
+        """Says how many tokens of text the next pass brings. Virtual ones, of prompt tuning, come before them."""
+        self._start, self._stop = self._stop, self._stop + num_tokens
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last pass has brought the end of the prompt."""
+        return self._stop >= self._is_watched.shape[1]
 
     def __call__(
         self, cache: VambaCache, layer: VambaCrossAttention, hidden_states: torch.Tensor, reads: list[VideoRead]
     ) -> None:
         """The watcher, see [`VambaCache`]."""
-        stop = cache.get_seq_length(layer.layer_idx)
-        is_watched = self._is_watched[:, stop - hidden_states.shape[1] : stop]
+        is_watched = self._is_watched[:, self._start : self._stop]
+        first = hidden_states.shape[1] - (self._stop - self._start)
         videos = dict(zip(self._rows, videos_by_row(hidden_states, reads)))
         for row in range(0, len(self._rows), self._num_copies):
             video = self._rows[row]
@@ -58,10 +64,11 @@ class StepChooser:
             weights = self._weights.setdefault((layer.layer_idx, row), torch.zeros(len(steps)))
             if is_watched[row].any():
                 # A pass may bring more than the prompt, such as candidates for the tokens after it.
-                texts = hidden_states[row, : is_watched.shape[1]][is_watched[row].to(hidden_states.device)]
+                texts = hidden_states[row, first : first + is_watched.shape[1]]
+                texts = texts[is_watched[row].to(hidden_states.device)]
                 for log_weights in read_in_layer(layer, texts, videos[video][0], steps):
                     weights += log_weights.exp().sum((0, 1)).cpu()
-        if stop >= self._is_watched.shape[1]:
+        if self.has_ended:
             for video in self._steps:
                 cache.excerpts[video].append(self._excerpt(cache, layer.layer_idx, video, videos[video]))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of arguments: an error that names the argument, what was given and what was expected."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,6 +116,26 @@ def adapter_names_explained() -> Iterator[None]:
             "and belong to no row. Leave `adapter_names` out and use one adapter at a time, by `set_adapter`. "
             f"({error})"
         ) from error
+
+
+def check_virtual_tokens(prepare: Callable, past_length: int, length: int, chunk_size: int | None) -> None:
+    """
+    Raises a `ValueError` for a prompt that PEFT would cut: if `prepare`, which prepares the inputs of a pass, puts
+    virtual tokens before the prompt, it leaves of every pass after them the last token.
+    """
+    config = getattr(getattr(prepare, "__self__", None), "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False):
+        return
+    if past_length:
+        raise ValueError(
+            f"The cache holds {past_length} tokens of text, and PEFT's prompt tuning cannot go on from them: it would "
+            "read the last token of the prompt alone. Give the whole prompt with a fork of the cache from before it."
+        )
+    if chunk_size is not None and chunk_size < length:
+        raise ValueError(
+            f"`prefill_chunk_size` is {chunk_size}, and PEFT's prompt tuning reads a prompt, here of {length} tokens, "
+            "at once: of every further chunk it would read the last token alone. Leave the argument out."
+        )
 
 
 def check_prompt_goes_on(past_length: int, length: int | None) -> None:

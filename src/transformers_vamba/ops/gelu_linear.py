@@ -37,6 +37,7 @@ def can_fuse_gelu(states: torch.Tensor, linear: nn.Module) -> bool:
         and type(linear) is nn.Linear
         and linear.bias is not None
         and linear.in_features % 8 == linear.out_features % 8 == 0
+        and states.data_ptr() % 16 == linear.weight.data_ptr() % 16 == 0  # a view of a larger tensor may not
         and is_plain(linear, states)
         and shared_memory(states.device) >= SHARED_MEMORY
     )
