@@ -32,9 +32,7 @@ def device(request, monkeypatch):
 
 
 def record_on_the_cpu(step, cache):
-    twin = copy.copy(cache)
-    twin.layers, twin.step_plan = step.layers, None
-    return functools.partial(step._step, twin)
+    return functools.partial(step._step, step._twin(cache))
 
 
 @pytest.fixture

@@ -176,10 +176,15 @@ class CapturedStep:
         )
         self.logits = outputs.logits
 
+    def _twin(self, cache: VambaCache) -> VambaCache:
+        """A cache with the text of this step that reads what the given one reads of its videos."""
+        twin = copy.copy(cache)
+        twin.layers, twin.excerpts = self.layers, cache.excerpts
+        return twin
+
     def _record(self, cache: VambaCache) -> Callable[[], None]:
         """The replay of a graph of `_step`."""
-        twin = copy.copy(cache)
-        twin.layers, twin.step_plan = self.layers, None
+        twin = self._twin(cache)
         device = self.input_ids.device  # which need not be the current one
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
