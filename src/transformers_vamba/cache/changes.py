@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..inputs.media import Medium
+from ..parallel.devices import copy_aside
 
 
 KEPT_FOR_AGE = 4  # one in so many tokens of a full cache, the newest, is kept whatever its importance
@@ -82,8 +83,7 @@ class VideoChanges:
         """
         left, last, last_size = [], self.last_pixels, self.size
         for pixel_values, (num_steps, height, width), timestamps_ms, goes_on in media:
-            # A copy from pinned memory does not wait.
-            steps = pixel_values.to(device, non_blocking=True).unflatten(0, (num_steps, -1))
+            steps = copy_aside(pixel_values, device).unflatten(0, (num_steps, -1))
             is_new = torch.ones(num_steps, dtype=torch.bool)
             is_new[1:] = (steps[1:] != steps[:-1]).flatten(1).any(1)
             if goes_on and last is not None and last_size == (height, width):
