@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ask_video import TINY_MODEL, load
-from evaluate_needle import encode, make_needle, make_order
+from evaluate_needle import encode, heat, make_needle, make_order
 from find_moment import answer_with_reading
 from synthetic_videos import QUESTIONS, SyntheticVideo, sample_video
 
@@ -208,15 +208,6 @@ def write_results(folder: Path, results: dict) -> None:
     figure.suptitle(f"{results['model']}, videos of each kind by length: {results['samples']}", fontsize=9)
     figure.savefig(folder / "moments.png", dpi=90)
     plt.close(figure)
-
-
-def heat(axis, table: np.ndarray, rows: list[str], columns: list[str]) -> None:
-    """A table of shares in colours."""
-    axis.imshow(table, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-    for (row, column), value in np.ndenumerate(table):
-        axis.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=8)
-    axis.set_xticks(range(len(columns)), columns, fontsize=8)
-    axis.set_yticks(range(len(rows)), rows, fontsize=8)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -111,6 +111,17 @@ def measure(task: tuple[str, int, float, int]) -> bool:
     return is_right(kind, video, answer(model, processor, cache, text, max_new_tokens=32))
 
 
+def heat(axis, table: np.ndarray, rows: list[str], columns: list[str], fontsize: int = 8):
+    """Draws a table of shares in colours, without those that are NaN, and returns the image."""
+    image = axis.imshow(table, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(table):
+        if not np.isnan(value):
+            axis.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=fontsize)
+    axis.set_xticks(range(len(columns)), columns, fontsize=fontsize)
+    axis.set_yticks(range(len(rows)), rows, fontsize=fontsize)
+    return image
+
+
 def write_results(folder: Path, results: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "needle.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -125,12 +136,8 @@ def write_results(folder: Path, results: dict) -> None:
     figure, axes = plt.subplots(1, len(TESTS), figsize=(10, 3.6), layout="constrained")
     for axis, (kind, (_, _, label)) in zip(axes, TESTS.items(), strict=True):
         lengths, recall = results["frames"][: len(results[kind])], np.array(results[kind]).T
-        image = axis.imshow(recall, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-        for (row, column), value in np.ndenumerate(recall):
-            axis.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=8)
         minutes = [f"{frames / results['fps'] / 60:.3g} min\n{frames:,}" for frames in lengths]
-        axis.set_xticks(range(len(lengths)), minutes, fontsize=8)
-        axis.set_yticks(range(len(results["shares"])), [f"{share:.0%}" for share in results["shares"]])
+        image = heat(axis, recall, [f"{share:.0%}" for share in results["shares"]], minutes)
         axis.set_xlabel("length of the video, in frames")
         axis.set_ylabel(label)
         axis.set_title(f"{kind}: {recall.mean():.0%} right")

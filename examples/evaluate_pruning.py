@@ -32,7 +32,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from ask_video import TINY_MODEL, answer, load
-from evaluate_needle import SEGMENT_FRAMES, TESTS, is_right, make_needle
+from evaluate_needle import SEGMENT_FRAMES, TESTS, heat, is_right, make_needle
 from synthetic_videos import FRAME_SIZE, QUESTIONS, SyntheticVideo, pack_videos, render_frames, sample_video
 
 
@@ -192,13 +192,8 @@ def draw(path: Path, results: dict) -> None:
             if (row["scene"], row["kind"]) == (scene, kind):
                 column = next(i for i, (name, value, _) in enumerate(columns) if row.get(name) == value)
                 recall[lengths.index(row["frames"]), column] = row["right"] / row["questions"]
-        axis.imshow(recall, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-        for (y, x), value in np.ndenumerate(recall):
-            if not np.isnan(value):
-                axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=7)
+        heat(axis, recall, [f"{length:,}" for length in lengths], [label for *_, label in columns], fontsize=7)
         axis.axvline(len(RATES) - 0.5, color="black", linewidth=1)
-        axis.set_xticks(range(len(columns)), [label for *_, label in columns], fontsize=7)
-        axis.set_yticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
         axis.set_title(f"{scene}: {kind}", fontsize=9)
     for axis in axes[:, 0]:
         axis.set_ylabel("frames", fontsize=8)

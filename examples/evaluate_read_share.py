@@ -24,6 +24,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from ask_video import TINY_MODEL, load
+from evaluate_needle import heat
 from evaluate_pruning import gather, is_answer, segments_of, tell
 
 from transformers_vamba.cache import excerpts
@@ -103,11 +104,8 @@ def draw(path: Path, results: dict) -> None:
         for row in rows:
             if row["kind"] == kind:
                 recall[lengths.index(row["frames"]), COLUMNS.index(row["read"])] = row["right"] / row["questions"]
-        axis.imshow(recall, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-        for (y, x), value in np.ndenumerate(recall):
-            axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
-        axis.set_xticks(range(len(COLUMNS)), [name.replace(" ", "\n") for name in COLUMNS], fontsize=8)
-        axis.set_yticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8)
+        names = [name.replace(" ", "\n") for name in COLUMNS]
+        heat(axis, recall, [f"{length:,}" for length in lengths], names)
         axis.axvline(len(SHARES) - 0.5, color="black", linewidth=1)
         axis.set_title(kind, fontsize=9)
         axis.set_xlabel("of the video read for each token", fontsize=8)
