@@ -320,7 +320,7 @@ def test_ask_video_with_its_options(monkeypatch, capsys, video_file, video_cache
 @pytest.mark.parametrize("num_frames", (64, 1024))
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_peak_on_a_gpu(processor, implementation, num_frames):
-    """Vamba-7B's shapes in four layers, 640x360: the peak of the allocator within 5 %."""
+    """Vamba-7B's shapes in four layers, 640x360: the forecast is no less than what is allocated, and little more."""
     config = VambaConfig(text_config={"num_hidden_layers": 4}, vision_config={"depth": 4})
     torch.manual_seed(0)
     gc.collect()
@@ -348,4 +348,5 @@ def test_peak_on_a_gpu(processor, implementation, num_frames):
     run(num_steps)
     measured = torch.cuda.max_memory_allocated() - of_other_tests
     print(f"forecast {found.peak / 2**30:.2f} GiB, measured {measured / 2**30:.2f}: {found.peak / measured - 1:+.1%}")
-    assert found.peak == pytest.approx(measured, rel=0.05)
+    # Little more is 0.4 GiB, of any number of layers, for GPUs that keep the input of the tower's activation.
+    assert 0.99 * measured < found.peak < 1.07 * measured
