@@ -345,8 +345,8 @@ def mixer_state_bytes(config: VambaTextConfig, dtype: torch.dtype) -> int:
 
 def vision_bytes_per_patch(config: VambaConfig, dtype: torch.dtype) -> int:
     """
-    The most that lives at once in a block of the vision tower, a patch: in the MLP what has entered the block, its norm,
-    what the block's output is added to, and the intermediate states before and after the activation (GPUs since
+    The most that lives at once in a block of the vision tower, a patch: in the MLP what has entered the block, its
+    norm, what the block's output is added to, and the intermediate states before and after the activation (GPUs since
     Hopper keep those after it alone, see [`ops.gelu_linear`]); in the attention, should that be more, the same three,
     query, key and value, and what comes out, twice if it is copied. Beside them are the pixels, as they come (float32)
     and in `dtype`, and the float32 cosines and sines of the positions.
