@@ -10,7 +10,8 @@ about it, in a fork of its cache. The first question of each kind and number of 
 
 With `--shares`, of a video on the device and in the host's memory in 8 bits: questions that read a share of it
 for each token of the answer (`video_read_share`), beside those that read all of it. The cache is filled with random
-keys and values: what they say changes no time.
+keys and values: what they say changes no time. `--memory-gb 24` asks as on a card of that size as well, with the
+weights in 8 bits by torchao.
 
 `decoding.md` and `.json`, or `read_share.md` and `.json`, go to the output folder. On a CPU the shapes are tiny, no
 graph is recorded, and the figures say nothing but that the program runs.
@@ -34,6 +35,7 @@ from inference import (
     milliseconds_a_token,
     peak_gib,
     reset_peak,
+    small_card,
     write_results,
 )
 from locating import fill
@@ -112,12 +114,19 @@ def measure_shares(model, patches: tuple[int, int], args) -> Iterator[dict]:
     vision_config = model.config.vision_config
     num_steps = args.frames // vision_config.temporal_patch_size
     tokens_per_step = patches[0] * patches[1] // vision_config.spatial_merge_size**2
-    for video_cache in ("dynamic", "offloaded_quantized"):
+
+    def measure_cache(video_cache: str) -> Iterator[dict]:
         cache = fill(model, num_steps, tokens_per_step, video_cache)
         for share in map(float, args.shares.split(",")):
             row = {"video_cache": video_cache, "frames": args.frames, "video_read_share": share}
             yield row | measure_share(model, cache, share, args.repeats)
-        del cache
+
+    yield from measure_cache("dynamic")
+    yield from measure_cache("offloaded_quantized")
+    if args.memory_gb:
+        with small_card(model, args.memory_gb):
+            for row in measure_cache("offloaded_quantized"):
+                yield row | {"weights": "int8", "note": f"capped at {args.memory_gb:g} GB"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -126,9 +135,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", default="1,16", help="questions at once")
     parser.add_argument("--repeats", type=int, default=5, help="further questions, of which the median is taken")
     parser.add_argument("--shares", default="", help="read such shares of the video instead, 1 for all of it")
+    parser.add_argument("--memory-gb", type=float, help="ask with shares as on a GPU with so much memory as well")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     args = parser.parse_args(arguments)
+    if args.memory_gb and not args.shares:
+        parser.error("--memory-gb is for --shares.")
     device = torch.device(args.device)
     config, patches = make_config("vamba", tiny=device.type != "cuda")
     model = load(config, "sdpa", device)
