@@ -29,7 +29,8 @@ def prepare(monkeypatch) -> None:
     from transformers.cli.serving import chat_completion, server
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    places = [(transformers, "AutoProcessor"), (transformers, "VambaForConditionalGeneration")]
+    places = [(transformers, "AutoConfig"), (transformers, "AutoProcessor")]
+    places += [(transformers, "VambaForConditionalGeneration")]
     places += [(chat_completion, "ChatCompletionHandler"), (server, "build_server")]
     for module, name in places:
         monkeypatch.setattr(module, name, getattr(module, name, None), raising=False)
@@ -40,14 +41,14 @@ def prepare(monkeypatch) -> None:
 
 
 @contextmanager
-def serving(monkeypatch, **options):
+def serving(monkeypatch, model=str(TINY_CHECKPOINT), **options):
     """A running server: its `url`, its `handler`, an OpenAI `client`, and what was encoded, by segment."""
     prepare(monkeypatch)
     options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     running = serve(
-        str(TINY_CHECKPOINT),
+        model,
         device="cpu",
         host="127.0.0.1",
         port=port,
@@ -70,9 +71,7 @@ def serving(monkeypatch, **options):
 
         monkeypatch.setattr(handler.model, "encode_video", counted)
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-            yield SimpleNamespace(
-                url=url, handler=handler, client=client, encoded=encoded, model=str(TINY_CHECKPOINT), port=port
-            )
+            yield SimpleNamespace(url=url, handler=handler, client=client, encoded=encoded, model=model, port=port)
     finally:
         running.kill_server()
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .. import __version__
 from ..cache.cache import VambaCache
+from .adapters import find_adapter
 from .index import VideoFolder, VideoMemory, count_bytes
 from .media import MediaReader, OpenedMedium, refuse
 
@@ -25,13 +26,17 @@ ENCODING_THREADS = 2  # videos that are decoded at a time, each in several threa
 def fingerprint_model(model: PreTrainedModel, processor, name: str) -> str:
     """
     What a processed video depends on besides its content: the weights, and how pixels are made. Of a folder on this
-    machine it takes the names, sizes and times of the files, as their content would take long to read.
+    machine it takes the names, sizes and times of the files, as their content would take long to read. Of an adapter
+    there are two, its own and that of its base.
     """
     revision = getattr(model.config, "_commit_hash", None)
+    adapter = find_adapter(*([name] if os.path.exists(name) else name.split("@", 1)))
     files = []
-    if os.path.isdir(name):
-        stats = [(entry.name, entry.stat()) for entry in os.scandir(name) if entry.is_file()]
-        files = sorted((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
+    for folder in {str(adapter or name), model.config.name_or_path}:
+        if os.path.isdir(folder):
+            stats = [(entry.path, entry.stat()) for entry in os.scandir(folder) if entry.is_file()]
+            files += [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    files.sort()
     settings = [each.to_dict() for each in (model.config, processor.image_processor, processor.video_processor)]
     parts = [__version__, name, revision, files, str(model.dtype), settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
