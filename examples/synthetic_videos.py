@@ -13,9 +13,14 @@ Between two events there are at least 2 frames. So every question can be answere
 
     video = sample_video(seed=7, num_frames=32)
     print(video.describe(), video.questions)
-    write_mp4("video.mp4", [video])
+    write_mp4("video.mp4", video)
+
+As a program it writes one such video, by default of two minutes, and says what is in it:
+
+    python examples/synthetic_videos.py movie.mp4
 """
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -362,3 +367,19 @@ def write_mp4(path, video: SyntheticVideo, frame_rate: float = FRAME_RATE) -> No
         for frame in iter_frames(video):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write a synthetic video, and say what is in it.")
+    parser.add_argument("path", help="the file, such as movie.mp4")
+    parser.add_argument("--num-frames", type=int, default=240, help=f"frames, {FRAME_RATE:g} per second")
+    parser.add_argument("--story", choices=STORIES, default="sequence")
+    parser.add_argument("--seed", type=int, default=500, help="another number makes another video")
+    args = parser.parse_args()
+    video = sample_video(args.seed, args.num_frames, args.story)
+    write_mp4(args.path, video)
+    print(video.describe())
+
+
+if __name__ == "__main__":
+    main()
