@@ -17,7 +17,7 @@ def main():
             video = sample_video(seed, num_frames=32, story=story)
             path = Path(folder) / f"{story}.mp4"
             write_mp4(path, video)
-            print(f"{path.name}, H.264, {path.stat().st_size} bytes, {FRAME_RATE:g} frames a second. What is in it:")
+            print(f"{path.name}, H.264, {path.stat().st_size} bytes, {FRAME_RATE:g} frames per second. What is in it:")
             print("    " + video.describe().replace("\n", "\n    "))
 
             start = time.perf_counter()
