@@ -38,7 +38,8 @@ COMMAND = re.compile(r"(?:^ *|`)((?:python|torchrun|accelerate launch) (?:[^\n`\
 PROGRAMS = [
     path for folder in ("examples", "examples/benchmarks", "hub_upload") for path in (ROOT / folder).glob("*.py")
 ]
-LINK = re.compile(r"\]\((?!http|#)([^)#]+)")
+LINK = re.compile(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 # What stands for what a test does not have: a large checkpoint, a GPU, and an environment without the package.
 STAND_INS = {
     '"TIGER-Lab/Vamba-Qwen2-VL-7B"': '"checkpoints/vamba-tiny"',
@@ -154,7 +155,14 @@ def test_commands_have_such_options(path):
         assert options <= known, (words, options - known)
 
 
+def anchors(page: Path) -> set[str]:
+    """Of its headings: in lower case, without punctuation, with hyphens for spaces."""
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in HEADING.findall(page.read_text())}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for link in LINK.findall(page.read_text()):
-        assert (page.parent / link).exists(), link
+    for path, anchor in LINK.findall(page.read_text()):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), (path, anchor)
