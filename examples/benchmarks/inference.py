@@ -292,8 +292,9 @@ def measure_baseline(model, num_frames: int, patches: tuple[int, int], row: dict
         inputs = make_pixels(model, frames, patches, str(model.device))
         inputs["video_grid_thw"] = inputs["video_grid_thw"].to(model.device)
         inputs |= make_prompt(model, inputs["video_grid_thw"])
-        row["new_length_s"] = generate(model, num_new_tokens=3, **inputs)[0]
-        print(f"  {frames:,} frames, first token after {row['new_length_s']:.2f} s", flush=True)
+        seconds = generate(model, num_new_tokens=3, **inputs)[0]
+        print(f"  {frames:,} frames, first token after {seconds:.2f} s", flush=True)
+    row["new_length_s"] = seconds
     row["video_tokens"] = int(inputs["mm_token_type_ids"].count_nonzero())
     reset_peak(model)
     cache = DynamicCache(config=model.config)

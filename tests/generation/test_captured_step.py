@@ -133,6 +133,21 @@ def test_a_share_that_is_all_of_a_video_in_host_memory(device, num_recorded):
     assert num_recorded() == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_graphs_leave_no_memory_behind(device):
+    """Of cuBLAS, a graph keeps a workspace: that of a video that is gone serves the next."""
+    model, held = tiny_model().to("cuda"), []
+    for seed in range(6):
+        cache = model.encode_video(**to("cuda", make_media("video", (5, 4, 6), seed=seed)))
+        generate(model, make_text(), cache=cache.fork())
+        del cache
+        gc.collect()
+        held.append(torch.cuda.memory_allocated())
+    assert len(captured_step._idle_steps[model]) == captured_step.MAX_IDLE_STEPS
+    assert max(held[3:]) - held[2] < 2**20
+
+
 def test_steps_go_with_their_model(device):
     model = tiny_model().to(device)
     generate(model, make_text(), **to(device, VIDEO))

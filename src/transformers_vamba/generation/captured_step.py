@@ -11,6 +11,7 @@ import copy
 import itertools
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -186,7 +187,7 @@ class CapturedStep:
         """The replay of a graph of `_step`."""
         twin = self._twin(cache)
         device = self.input_ids.device  # which need not be the current one
-        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream, current = take_stream(self, device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream), recorded_launches():
@@ -203,6 +204,23 @@ class CapturedStep:
                     graph.capture_end()
         current.wait_stream(stream)
         return graph.replay
+
+
+_free_streams: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
+
+
+def take_stream(step: CapturedStep, device: torch.device) -> torch.cuda.Stream:
+    """
+    A stream that is this step's as long as it lives. cuBLAS takes a workspace on each stream and keeps it for good:
+    graphs that may run at once must not share one, and later ones take those of before.
+    """
+    free = _free_streams[device]
+    try:
+        stream = free.pop()
+    except IndexError:
+        stream = torch.cuda.Stream(device)
+    weakref.finalize(step, free.append, stream)
+    return stream
 
 
 _idle_steps: "weakref.WeakKeyDictionary[PreTrainedModel, list[CapturedStep]]" = weakref.WeakKeyDictionary()
