@@ -428,7 +428,7 @@ def main(arguments=None):
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--num-frames", type=int, help="how many frames to look at (default: the processor's)")
-    parser.add_argument("--fps", type=float, help="or how many a second")
+    parser.add_argument("--fps", type=float, help="or how many per second")
     parser.add_argument("--segment-frames", type=int, default=32, help="frames that are encoded at a time")
     parser.add_argument("--video-cache", choices=VIDEO_CACHES, help="8 bits, or the host's memory, or both")
     parser.add_argument("--weight-bits", type=int, choices=WEIGHT_BITS, help="quantize the weights")

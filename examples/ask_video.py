@@ -155,7 +155,7 @@ def add_model_arguments(parser):
         "--model", default=TINY_MODEL, help="folder or Hub name of a checkpoint (default: the tiny one)"
     )
     parser.add_argument("--num-frames", type=int, help="how many frames to look at (default: the processor's)")
-    parser.add_argument("--fps", type=float, help="or how many a second")
+    parser.add_argument("--fps", type=float, help="or how many per second")
     parser.add_argument("--longest-edge", type=at_least_one, help="pixels to which a larger frame is shrunk")
     parser.add_argument("--segment-frames", type=int, default=64, help="frames that are encoded at a time")
     parser.add_argument("--video-cache", choices=VIDEO_CACHES, help="8 bits, or the host's memory, or both")

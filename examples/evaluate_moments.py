@@ -213,7 +213,7 @@ def write_results(folder: Path, results: dict) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=TINY_MODEL, help="folder or Hub name (default: the tiny one)")
-    parser.add_argument("--frames", default="60,240,960,2048,10800", help="lengths of the videos, a frame a second")
+    parser.add_argument("--frames", default="60,240,960,2048,10800", help="lengths of the videos, 1 frame per second")
     parser.add_argument("--samples", default="12", help="videos of each kind: a number, or one for each length")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("moments"))

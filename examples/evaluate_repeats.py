@@ -92,7 +92,7 @@ def measure(model, processor, path: Path, kind: str, video: SyntheticVideo, ques
 
 
 def write_table(path: Path, results: dict) -> None:
-    lines = [f"{results['model']}, H.264, {results['videos']} videos a row: as they are / without repeats", ""]
+    lines = [f"{results['model']}, H.264, {results['videos']} videos per row: as they are / without repeats", ""]
     lines += ["| scene | frames | video tokens | encoding, s of one core | right answers | overlap of moments |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     rows = {(row["scene"], row["frames"], row["way"]): row for row in results["rows"]}

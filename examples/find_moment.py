@@ -98,7 +98,7 @@ def main(arguments=None):
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--num-frames", type=int, help="how many frames to look at (default: the processor's)")
-    parser.add_argument("--fps", type=float, help="or how many a second")
+    parser.add_argument("--fps", type=float, help="or how many per second")
     parser.add_argument("--video-cache", choices=VIDEO_CACHES, help="8 bits, or the host's memory, or both")
     parser.add_argument("--moments", type=int, default=6, help="how many moments to show at most")
     parser.add_argument("--output", type=Path, default=Path("moment.png"), help="the picture")

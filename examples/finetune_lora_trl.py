@@ -41,7 +41,7 @@ class FinetuningArguments:
     videos: str = field(metadata={"help": "folder with videos and a metadata.jsonl"})
     model: str = field(default=TINY_MODEL, metadata={"help": "folder or Hub name of a checkpoint"})
     num_frames: int | None = field(default=None, metadata={"help": "frames of a video, evenly spread"})
-    fps: float | None = field(default=None, metadata={"help": "or frames a second"})
+    fps: float | None = field(default=None, metadata={"help": "or frames per second"})
     max_frames: int | None = field(default=None, metadata={"help": "frames at most, with fps"})
     on_error: str = field(default="raise", metadata={"help": "'skip' goes on without videos that cannot be read"})
     pack_rows: bool = field(default=False, metadata={"help": "rows of a batch behind one another, not padded"})

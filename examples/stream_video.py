@@ -56,7 +56,7 @@ def main():
     parser.add_argument(
         "--speed", type=float, default=1.0, help="how many times faster than its own speed a file plays"
     )
-    parser.add_argument("--fps", type=float, help="frames a second to look at (default: the processor's, or 1)")
+    parser.add_argument("--fps", type=float, help="frames per second to look at (default: the processor's, or 1)")
     parser.add_argument("--max-video-tokens", type=int, default=32_768, help="that are kept of the video")
     parser.add_argument(
         "--model", default=TINY_MODEL, help="folder or Hub name of a checkpoint (default: the tiny one)"

@@ -94,7 +94,7 @@ class StageArguments:
     balance: bool = field(default=False, metadata={"help": "mix data sets by the square roots of their sizes"})
     samples_per_row: int = field(default=1, metadata={"help": "of images or text; of a video all, if this is above 1"})
     num_frames: int | None = field(default=None, metadata={"help": "frames of a video, evenly spread; 0 for `fps`"})
-    fps: float | None = field(default=None, metadata={"help": "or frames a second"})
+    fps: float | None = field(default=None, metadata={"help": "or frames per second"})
     max_frames: int | None = field(default=None, metadata={"help": "frames at most, with fps"})
     max_patches: int | None = field(
         default=None, metadata={"help": "patches of a video at most: frames by their size"}

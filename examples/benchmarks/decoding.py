@@ -48,9 +48,9 @@ STEP_COLUMNS = {
     "frames": ("frames", "{:,}"),
     "rows": ("questions at once", "{}"),
     "first_s": (f"first, {NUM_NEW_TOKENS} tokens, s", "{:.2f}"),
-    "further_s": ("a further, s", "{:.2f}"),
-    "token_ms": ("a token, ms", "{:.1f}"),
-    "tokens_s": ("tokens a second", "{:.0f}"),
+    "further_s": ("further question, s", "{:.2f}"),
+    "token_ms": ("ms per token", "{:.1f}"),
+    "tokens_s": ("tokens per second", "{:.0f}"),
     "peak_gib": ("peak GiB", "{:.2f}"),
     "note": ("", "{}"),
 }
@@ -58,8 +58,8 @@ SHARE_COLUMNS = {
     "frames": ("frames", "{:,}"),
     "video_read_share": ("read", "{:.0%}"),
     "first_token_s": ("first token of a further question, s", "{:.2f}"),
-    "token_s": ("a token, s", "{:.4f}"),
-    "further_s": (f"a further question, {NUM_NEW_TOKENS} tokens, s", "{:.2f}"),
+    "token_s": ("s per token", "{:.4f}"),
+    "further_s": (f"further question, {NUM_NEW_TOKENS} tokens, s", "{:.2f}"),
     "peak_gib": ("peak GiB", "{:.2f}"),
     "note": ("", "{}"),
 }

@@ -43,7 +43,7 @@ COLUMNS = {
     "load_s": ("loading, s", "{:.0f}"),
     "encode_s": ("encoding, s", "{:.1f}"),
     "first_token_s": ("first token of a question, s", "{:.2f}"),
-    "decode_ms": ("a token, ms", "{:.0f}"),
+    "decode_ms": ("ms per token", "{:.0f}"),
     "peaks": ("peak GiB per GPU", "{}"),
     "peak_gib": ("together", "{:.0f}"),
     "forecast_gib": ("forecast", "{:.0f}"),

@@ -42,7 +42,7 @@ COLUMNS = {
 
 
 def write_noise(path: Path, num_frames: int) -> None:
-    """A video of coarse noise, one frame a second."""
+    """A video of coarse noise, one frame per second."""
     rng = np.random.default_rng(0)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=1, options={"preset": "ultrafast"})

@@ -359,7 +359,7 @@ COLUMNS = {
     "peak_gib": ("peak GiB", "{:.1f}"),
     "forecast_gib": ("forecast", "{:.1f}"),
     "cache_gib": ("of which cache", "{:.1f}"),
-    "decode_ms": ("a token, ms", "{:.1f}"),
+    "decode_ms": ("ms per token", "{:.1f}"),
     "compiled_decode_ms": ("compiled, ms", "{:.1f}"),
     "further_question_s": ("first token of a further question, s", "{:.3f}"),
     "further_peak_gib": ("peak GiB then", "{:.1f}"),
@@ -418,7 +418,7 @@ def plot_results(folder: Path, machine: str, rows: list[dict]) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     panels = (("first_token_s", "seconds to the first token"), ("peak_gib", "peak GPU memory, GiB"))
-    for axis, (key, title) in zip(axes, (*panels, ("decode_ms", "milliseconds a token after it"))):
+    for axis, (key, title) in zip(axes, (*panels, ("decode_ms", "ms per token after it"))):
         for model, attention in dict.fromkeys((row["model"], row["attention"]) for row in rows):
             own = [row for row in rows if (row["model"], row["attention"]) == (model, attention)]
             points = [(row["frames"], row[key]) for row in own if row.get(key) is not None]

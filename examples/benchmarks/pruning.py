@@ -57,7 +57,7 @@ COLUMNS = {
     "forecast_gib": ("forecast", "{:.1f}"),
     "cache_gib": ("of which cache", "{:.2f}"),
     "question_s": ("first token of a question, s", "{:.3f}"),
-    "decode_ms": ("a token, ms", "{:.1f}"),
+    "decode_ms": ("ms per token", "{:.1f}"),
     "note": ("", "{}"),
 }
 

@@ -120,8 +120,8 @@ READERS = {
     "iter_video_segments(fps=1)": (read_segments, "av"),
     "processor(num_frames=1024)": (read_1024_frames, "av"),
     "Transformers' load_video(fps=1), Qwen2-VL": (load_video_with_transformers, "av"),
-    "torchcodec, a frame a second, no patches": (decode_with_torchcodec, "torchcodec"),
-    "decord, a frame a second, no patches": (decode_with_decord, "decord"),
+    "torchcodec, 1 frame per second, no patches": (decode_with_torchcodec, "torchcodec"),
+    "decord, 1 frame per second, no patches": (decode_with_decord, "decord"),
 }
 
 
@@ -181,8 +181,8 @@ def describe(minutes: int, repeats: int, readers: list[str]) -> str:
     packages |= {name: name for name in others if is_installed(name)}
     versions = ", ".join(f"{title} {importlib.metadata.version(name)}" for title, name in packages.items())
     return (
-        f"{minutes} minutes of {SIZE[1]}x{SIZE[0]}, {RATE} frames a second, keyframes 250 apart; {num_cores()} cores "
-        f"of {platform.machine()}; {versions}; the fastest of {repeats} runs."
+        f"{minutes} minutes of {SIZE[1]}x{SIZE[0]}, {RATE} frames per second, keyframes 250 apart; {num_cores()} "
+        f"cores of {platform.machine()}; {versions}; the fastest of {repeats} runs."
         + "".join(f" Not installed: {name}." for name in others if not is_installed(name))
     )
 

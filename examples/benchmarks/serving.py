@@ -45,8 +45,8 @@ COLUMNS = {
     "clients": ("clients", "{}"),
     "requests": ("number", "{:,}"),
     "failed": ("failed", "{}"),
-    "requests_s": ("requests a second", "{:.2f}"),
-    "tokens_s": ("tokens a second", "{:.0f}"),
+    "requests_s": ("requests per second", "{:.2f}"),
+    "tokens_s": ("tokens per second", "{:.0f}"),
     "first_token_s": ("first token, s", "{:.3f}"),
     "answer_s": ("answer, s", "{:.2f}"),
     "process_mib": ("process, MiB", "{}"),
@@ -91,7 +91,7 @@ def run_server(device: str, port: int, folder: Path, num_frames: int) -> None:
 
 
 def write_video(path: Path, num_frames: int, size: tuple[int, int], seed: int) -> None:
-    """A camera that moves over squares of many colours, two frames a second."""
+    """A camera that moves over squares of many colours, two frames per second."""
     import av
 
     width, height = size

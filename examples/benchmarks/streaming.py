@@ -4,10 +4,10 @@ Whether memory and speed stay level while a stream goes on under a budget: Vamba
 
     python examples/benchmarks/streaming.py --frames 100000 --output results
 
-The frames are small (252x140), so that a day of them at one a second takes minutes. Their pixels are random: a few
+The frames are small (252x140), so that a day of them at one per second takes minutes. Their pixels are random: a few
 segments of them, in pinned memory, come again and again. At some points a question is asked. `streaming.md` and
-`.json` are written anew each time, with the memory of device and host, and the frames a second since the point before.
-On a CPU shapes and frames are tiny.
+`.json` are written anew each time, with the memory of device and host, and the frames per second since the point
+before. On a CPU shapes and frames are tiny.
 """
 
 import argparse
@@ -47,9 +47,9 @@ COLUMNS = {
     "peak_gib": ("peak GiB since the point before", "{:.2f}"),
     "host_gib": ("GiB of the host held", "{:.3f}"),
     "host_peak_gib": ("peak GiB of the host", "{:.3f}"),
-    "frames_per_s": ("frames a second since the point before", "{:,.0f}"),
+    "frames_per_s": ("frames per second since the point before", "{:,.0f}"),
     "question_s": ("first token of a question, s", "{:.3f}"),
-    "decode_ms": ("a token, ms", "{:.1f}"),
+    "decode_ms": ("ms per token", "{:.1f}"),
     "note": ("", "{}"),
 }
 

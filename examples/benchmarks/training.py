@@ -56,7 +56,7 @@ COLUMNS = {
     "gpus": ("GPUs", "{}"),
     "frames": ("frames per sample", "{:,}"),
     "video_tokens": ("video tokens", "{:,}"),
-    "step_s": ("a step, s", "{:.2f}"),
+    "step_s": ("s per step", "{:.2f}"),
     "peak_gib": ("peak GiB", "{:.1f}"),
     "scaling": ("scaling", "{:.0%}"),
     "note": ("", "{}"),
