@@ -166,3 +166,15 @@ def test_links_lead_somewhere(page):
         target = page.parent / path if path else page
         assert target.exists(), path
         assert not anchor or anchor in anchors(target), (path, anchor)
+
+
+def test_troubleshooting_has_the_words_of_errors():
+    """Each that is shown in bold, or in the first column of a table, is in the package, or is of others."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    shown = re.findall(r"\*\*`([^`]+)`\*\*", page)
+    for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE):
+        shown += re.findall(r"`([^`]+)`", row)
+    assert len(shown) > 20
+    code = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    others = {"CUDA out of memory", "Your setup doesn't support bf16/gpu"}
+    assert [words for words in shown if words not in others and words not in code] == []
