@@ -4,15 +4,18 @@ OLDEST = .venv/transformers-5.17.0
 ANY_TRANSFORMERS = tests/examples/test_app_in_browser.py tests/examples/test_ask_library.py tests/ops \
 	tests/parallel/test_ranks.py tests/video/test_decoding.py tests/video/test_fuzzing.py tests/video/test_index.py \
 	tests/video/test_sources.py
-PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+# Each process takes neighbouring tests, which share fixtures, and at the end what the other has not begun.
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo docs lint space test test-gpu test-latest
+.PHONY: demo docs install lint space test test-gpu test-latest
 
 # The package alone: a first look should not wait for what the tests need.
 demo: .venv-demo/.installed
 	.venv-demo/bin/python examples/demo.py
 
-test: .venv/.installed $(OLDEST)
+install: .venv/.installed $(OLDEST)
+
+test: install
 	$(PYTEST)
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTEST) $(ANY_TRANSFORMERS:%=--ignore %)
 

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 
 import av
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,10 @@ HELPERS = [str(ROOT / name) for name in ("tests", "examples", "examples/benchmar
 
 # Qwen2-VL's, as its checkpoints ship it.
 CHAT_TEMPLATE = (TINY_CHECKPOINT / "chat_template.jinja").read_text()
+
+# No test asks the Hub: without a network each try takes minutes.
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # The programs that the tests start import helpers and examples as the tests do.
 os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), *HELPERS])

@@ -45,9 +45,10 @@ def reference_scan(
     B, C = (y.repeat_interleave(heads_per_group, 1) for y in (B, C))
     state = x.new_zeros(*x.shape[1:], B.shape[-1]) if state is None else state
     outputs = []
-    for t in range(len(x)):
-        state = state * (dt[t] * A).exp()[:, None, None] + torch.einsum("h,hp,hn->hpn", dt[t], x[t], B[t])
-        outputs.append(torch.einsum("hpn,hn->hp", state, C[t]) + D[:, None] * x[t])
+    # `x[t]` of each token would have a gradient of the size of all tokens.
+    for x_t, dt_t, B_t, C_t in zip(x, dt, B, C):
+        state = state * (dt_t * A).exp()[:, None, None] + torch.einsum("h,hp,hn->hpn", dt_t, x_t, B_t)
+        outputs.append(torch.einsum("hpn,hn->hp", state, C_t) + D[:, None] * x_t)
     return torch.stack(outputs), state
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_in_processes
 from tiny_vamba import TEXT_CONFIG, VISION_CONFIG, make_media, make_text, tiny_config, tiny_model
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
@@ -24,6 +25,20 @@ CONFIGS = TESTS.parents[1] / "examples" / "accelerate"
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 SHARDED = ("fsdp2", pytest.param("zero3", marks=needs_deepspeed))
+# The arguments of train_in_processes.py; of a resumed run, before and after it.
+WITHOUT_VIDEO = {
+    "trained": [("--tower", "trained", "--checkpointing", '{"use_reentrant": false}')],
+    "merger": [("--tower", "merger", "--skip-logits")],
+    "frozen": [("--tower", "frozen", "--checkpointing", '{"use_reentrant": false}')],
+}
+ADAMW = ("--optim", "adamw_torch")
+WITHOUT_GRADIENT = {
+    "last step": [(*ADAMW, "--steps", "4")],  # in which no process has media
+    "half of the last step": [(*ADAMW, "--steps", "2", "--accumulate", "2")],
+    "and others follow": [(*ADAMW, "--steps", "8", "--checkpointing", '{"use_reentrant": false}')],
+}
+FROZEN = ("--tower", "frozen", "--checkpointing", '{"layers_per_checkpoint": 2}')
+RUNS = {**WITHOUT_VIDEO, **WITHOUT_GRADIENT, "resumed": [(*FROZEN, "--steps", "2"), (*FROZEN, "--resume")]}
 
 
 def launcher(kind: str, num_processes: int, mixed_precision: str) -> list[str]:
@@ -66,14 +81,28 @@ def run(
     )
 
 
-def train(folder: Path, kind: str, *arguments: str, **kwargs):
-    """Runs the training program, and returns its losses and the weights it has saved."""
-    folder.mkdir(exist_ok=True)
-    if not (folder / "initial").is_dir():
-        tiny_model().save_pretrained(folder / "initial")
-    run(kind, "train_in_processes.py", str(folder), *arguments, **kwargs)
+def result(folder: Path):
+    """Losses and saved weights of a run."""
     losses = json.loads((folder / "losses.json").read_text())
     return losses, VambaForConditionalGeneration.from_pretrained(folder / "final", dtype=torch.float32).state_dict()
+
+
+def train_alone(folder: Path, *arguments: str):
+    """In the process of the tests."""
+    tiny_model().save_pretrained(folder / "initial")
+    train_in_processes.train(str(folder), *arguments)
+    return result(folder)
+
+
+def train(folder: Path, kind: str, names, **kwargs) -> dict[str, tuple]:
+    """Losses and weights of these runs, which one launch does one after another."""
+    commands = []
+    for name in names:
+        tiny_model().save_pretrained(folder / name / "initial")
+        for arguments in RUNS[name]:
+            commands += ["--then", str(folder / name), *arguments]
+    run(kind, "train_in_processes.py", *commands, **kwargs)
+    return {name: result(folder / name) for name in names}
 
 
 def assert_same_run(actual, expected, atol=1e-5, rtol=1e-4):
@@ -85,62 +114,52 @@ def assert_same_run(actual, expected, atol=1e-5, rtol=1e-4):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Losses and weights of one process, by what is trained of the tower and the samples of a step."""
-    return functools.cache(
-        lambda tower, batch=2: train(
-            tmp_path_factory.mktemp("alone"), "alone", "--tower", tower, "--batch", str(batch)
-        )
-    )
+    """Losses and weights of one process, by its arguments."""
+    return functools.cache(lambda *arguments: train_alone(tmp_path_factory.mktemp("alone"), *arguments))
 
 
-@pytest.mark.parametrize(
-    "tower, arguments",
-    (
-        ("trained", ("--checkpointing", '{"use_reentrant": false}')),
-        ("merger", ("--skip-logits",)),
-        ("frozen", ("--checkpointing", '{"use_reentrant": false}')),
-    ),
-)
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """Losses and weights of all runs that processes of a kind do."""
+    runs = {"ddp": RUNS, "fsdp2": RUNS, "zero3": [*WITHOUT_VIDEO, "resumed"]}
+    return functools.cache(lambda kind: train(tmp_path_factory.mktemp(kind), kind, runs[kind]))
+
+
+@pytest.mark.parametrize("tower", WITHOUT_VIDEO)
 @pytest.mark.parametrize("kind", ("ddp", *SHARDED))
-def test_a_process_without_video(tmp_path, alone, kind, tower, arguments):
-    assert_same_run(train(tmp_path, kind, "--tower", tower, *arguments), alone(tower))
+def test_a_process_without_video(several, alone, kind, tower):
+    assert_same_run(several(kind)[tower], alone("--tower", tower))
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    (
-        ("--steps", "4"),  # in the last step no process has media
-        ("--steps", "2", "--accumulate", "2"),  # in the second half of the last step
-        ("--steps", "8", "--checkpointing", '{"use_reentrant": false}'),  # and others follow
-    ),
-)
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
 @pytest.mark.parametrize("kind", ("ddp", "fsdp2"))
-def test_what_no_process_uses_has_no_gradient(tmp_path, kind, arguments):
+def test_what_no_process_uses_has_no_gradient(several, alone, kind, name):
     """Or AdamW would move it by its momentum, and decay the weights that nobody reads."""
-    arguments = ("--optim", "adamw_torch", *arguments)
-    expected = train(tmp_path / "alone", "alone", *arguments)
-    assert_same_run(train(tmp_path / "several", kind, *arguments), expected)
+    expected = alone(*WITHOUT_GRADIENT[name][0])
+    assert_same_run(several(kind)[name], expected)
     initial = tiny_model().state_dict()
     unread = [name for name in initial if ".layers.2.vision_mixer." in name]
     assert unread and all(torch.equal(expected[1][name], initial[name]) for name in unread)
 
 
-def train_and_resume(folder: Path, kind: str, before: int = 2, after: int = 2, **kwargs):
-    """The first half of the steps with so many processes, and the second with so many."""
-    arguments = ("--tower", "frozen", "--checkpointing", '{"layers_per_checkpoint": 2}')
-    arguments += ("--batch", str(max(before, after)))
-    train(folder, kind, "--steps", "2", *arguments, num_processes=before, **kwargs)
-    assert (folder / "checkpoint-2").is_dir()
-    return train(folder, kind, *arguments, num_processes=after, **kwargs)
-
-
 @pytest.mark.parametrize("kind", ("ddp", *SHARDED))
-def test_resume(tmp_path, alone, kind):
-    assert_same_run(train_and_resume(tmp_path, kind), alone("frozen"))
+def test_resume(several, alone, kind):
+    assert_same_run(several(kind)["resumed"], alone("--tower", "frozen"))
+
+
+def train_and_resume(folder: Path, kind: str, before: int, after: int, **kwargs):
+    """The first half of the steps with so many processes, and the second with so many."""
+    tiny_model().save_pretrained(folder / "initial")
+    for num_processes, arguments in zip((before, after), RUNS["resumed"]):
+        arguments = (*arguments, "--batch", str(max(before, after)))
+        run(kind, "train_in_processes.py", str(folder), *arguments, num_processes=num_processes, **kwargs)
+        assert (folder / "checkpoint-2").is_dir()
+    return result(folder)
 
 
 def test_resume_on_fewer_processes(tmp_path, alone):
-    assert_same_run(train_and_resume(tmp_path, "fsdp2", before=4, after=2), alone("frozen", 4))
+    resumed = train_and_resume(tmp_path, "fsdp2", before=4, after=2)
+    assert_same_run(resumed, alone("--tower", "frozen", "--batch", "4"))
 
 
 def test_a_step_holds_nothing_after_it(monkeypatch):
@@ -178,4 +197,4 @@ def test_on_gpus(tmp_path, alone, kind, before, after, mixed_precision, atol, rt
     if torch.cuda.device_count() < before:
         pytest.skip(f"needs {before} CUDA devices")
     resumed = train_and_resume(tmp_path, kind, before, after, on_gpus=True, mixed_precision=mixed_precision)
-    assert_same_run(resumed, alone("frozen", before), atol, rtol)
+    assert_same_run(resumed, alone("--tower", "frozen", "--batch", str(before)), atol, rtol)

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a tiny model with Transformers' Trainer, in one process or several: a program for test_ranks.py."""
+"""
+Trains a tiny model with Transformers' Trainer, in one process or several: a program for test_ranks.py.
+
+It does several runs, one after another, with `--then` between their arguments.
+"""
 
 import argparse
 import json
 import os
+import sys
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -48,22 +54,26 @@ def pass_for_gpus() -> None:
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 
 
-def main():
+def train(*arguments: str) -> None:
+    """One run."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path, help="with the model, as `initial`")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=2, help="samples of all processes together")
     parser.add_argument("--tower", choices=("trained", "merger", "frozen"), default="trained")
-    parser.add_argument("--skip-logits", action="store_true", help="in a different number of chunks in each process")
+    parser.add_argument("--skip-logits", action="store_true", help="the loss comes in chunks")
     parser.add_argument("--checkpointing", type=json.loads, help="gradient_checkpointing_kwargs")
     parser.add_argument("--accumulate", type=int, default=1, help="batches to a step")
     parser.add_argument("--optim", default="sgd", help="the optimizer")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--resume", action="store_true", help="from the checkpoint of the run before, which must exist"
+    )
+    args = parser.parse_args(arguments)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     is_sharded = "ACCELERATE_USE_FSDP" in os.environ or "ACCELERATE_USE_DEEPSPEED" in os.environ
     if is_sharded and not torch.cuda.is_available():
         pass_for_gpus()
-    arguments = TrainingArguments(
+    training_args = TrainingArguments(
         args.folder,
         per_device_train_batch_size=args.batch // num_processes,
         per_device_eval_batch_size=args.batch // num_processes,
@@ -90,15 +100,12 @@ def main():
     model = VambaForConditionalGeneration.from_pretrained(args.folder / "initial")
     model.model.visual.requires_grad_(args.tower == "trained")
     model.model.visual.merger.requires_grad_(args.tower != "frozen")
-    mixer_module.MAX_TOKENS_PER_PART = 16  # another number of parts in each process
-    torch.backends.cudnn.allow_tf32 = False
     if args.skip_logits:
-        loss_module.CHUNK_SIZE = 4 * (1 + int(os.environ.get("RANK", 0)))
         model.forward = partial(model.forward, skip_logits=True)
     trainer = Trainer(
-        model, arguments, train_dataset=list(range(8)), eval_dataset=list(range(8)), data_collator=collate
+        model, training_args, train_dataset=list(range(8)), eval_dataset=list(range(8)), data_collator=collate
     )
-    trainer.train(resume_from_checkpoint=any(args.folder.glob("checkpoint-*")))
+    trainer.train(resume_from_checkpoint=args.resume)
     evaluation = trainer.evaluate()
     if trainer.is_fsdp_enabled:
         # As sharded ones the trainer would not save them.
@@ -107,6 +114,16 @@ def main():
     if trainer.is_world_process_zero():
         losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
         (args.folder / "losses.json").write_text(json.dumps({"train": losses, "eval": evaluation["eval_loss"]}))
+
+
+def main():
+    # Another number of parts and chunks in each process.
+    mixer_module.MAX_TOKENS_PER_PART = 16
+    loss_module.CHUNK_SIZE = 4 * (1 + int(os.environ.get("RANK", 0)))
+    torch.backends.cudnn.allow_tf32 = False
+    for is_run, arguments in groupby(sys.argv[1:], lambda argument: argument != "--then"):
+        if is_run:
+            train(*arguments)
     if torch.distributed.is_initialized():
         # All leave together, without Python's clearing up: now and then Gloo's threads abort or block there.
         torch.distributed.barrier()
