@@ -19,6 +19,7 @@ from transformers.image_processing_utils import BatchFeature
 
 from .container import Picture, decode_packet, demux, has_table, open_video, video_stream
 from .index import seconds_of_frames
+from .patches import allocate
 from .reading import check_video, normalize_video, open_frames, open_named_source
 from .sources import errors_of
 
@@ -213,7 +214,8 @@ def preprocess_stretches(
                 frames = frames[: len(frames) - len(frames) % temporal_patch_size]
             if frames:
                 # Channels last, as the frames lie in memory: rows are copied whole.
-                stretch = torch.stack([frame.movedim(0, -1) for frame in frames]).movedim(-1, 1)
+                frames = [frame.movedim(0, -1) for frame in frames]
+                stretch = torch.stack(frames, out=allocate((len(frames), *frames[0].shape), frames[0])).movedim(-1, 1)
                 segment = video_processor.preprocess_resized([stretch], **videos_kwargs)
                 video_processor.add_timestamps(segment, [seconds], **videos_kwargs)
                 if len(pinned) < PINNED_SEGMENTS and can_pin(segment["pixel_values_videos"]):
