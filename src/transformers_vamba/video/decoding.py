@@ -21,7 +21,7 @@ from .sources import FileView
 # A stretch from keyframe to keyframe is kept until its turn comes: longer ones are decoded plainly.
 MOST_FRAMES_OF_STRETCH = 64
 MOST_PACKETS_OF_STRETCH = 4096
-MOST_DECODERS = 4
+MOST_DECODERS = 16
 
 
 @dataclass
@@ -71,16 +71,10 @@ def num_cores() -> int:
 
 
 class Decoders:
-    """
-    Decoders of one file, each for one thread at a time.
+    """Decoders of one file, each for one thread at a time."""
 
-    Args:
-        file ([`FileView`]): The file.
-        thread_count (`int`): FFmpeg's own threads of each.
-    """
-
-    def __init__(self, file: FileView, thread_count: int):
-        self.file, self.thread_count = file, thread_count
+    def __init__(self, file: FileView):
+        self.file = file
         self.idle: SimpleQueue[Picture] = SimpleQueue()
         self.opened = ExitStack()
 
@@ -95,7 +89,7 @@ class Decoders:
         try:
             picture = self.idle.get_nowait()
         except Empty:
-            container = self.opened.enter_context(open_video(FileView(self.file), thread_count=self.thread_count))
+            container = self.opened.enter_context(open_video(FileView(self.file), thread_count=1))
             picture = Picture(video_stream(container))
         codec, remaining, done = picture.stream.codec_context, set(wanted), {}
         codec.flush_buffers()
@@ -132,7 +126,7 @@ def decode_in_parallel(
         return
 
     num_done, num_decoders = 0, min(num_cores(), MOST_DECODERS, len(stretches))
-    decoders = Decoders(file, num_cores() // num_decoders)
+    decoders = Decoders(file)
     with decoders.opened, ThreadPoolExecutor(num_decoders, "video-decoder") as pool:
         packets = read_stretches(file, stretches, stop)
         ahead: deque[Future] = deque()
