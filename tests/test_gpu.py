@@ -113,3 +113,17 @@ def test_generation_on_a_device_that_is_not_the_current_one(kwargs):
     ]
     assert torch.cuda.current_device() == 0
     assert torch.equal(generated[0].cpu(), generated[1].cpu())
+
+
+@torch.no_grad()
+def test_the_host_does_not_wait_between_segments():
+    """It launches the kernels of a segment while the one before is computed."""
+    model = tiny_model("sdpa").to("cuda", torch.bfloat16)
+    segments = [make_media("video", (3, 4, 6), seed=seed) for seed in range(3)]
+    cache = model.encode_video(**segments[0], num_remaining_tokens=36)  # compiles, and allocates
+    cache = model.encode_video(**segments[1], cache=cache, num_remaining_tokens=18)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.encode_video(**segments[2], cache=cache)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 from tiny_vamba import level_of_frame, levels_of
+from torchvision.transforms.v2.functional import normalize
 from transformers import AutoVideoProcessor, Qwen2VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from transformers_vamba import VambaVideoProcessor
+from transformers_vamba import VambaVideoProcessor, video_processing_vamba
 
 
 def frames_of(num_frames, height, width, seed=0):
@@ -180,28 +181,37 @@ def test_frames_are_resized_in_two_steps_as_pil_does():
     assert difference.max() <= 2 and difference.mean() < 0.1
 
 
-def test_steps_do_not_change_the_result(monkeypatch):
-    video_processor = VambaVideoProcessor(size={"shortest_edge": 28, "longest_edge": 70})
-    videos = [frames_of(12, 50, 70), frames_of(7, 50, 70, seed=1)]
-    expected = video_processor(videos)
-    assert expected["video_grid_thw"][:, 0].tolist() == [6, 3]
-    monkeypatch.setattr(VambaVideoProcessor, "temporal_patches_per_step", 4)
-    outputs = video_processor(videos)
-    assert torch.equal(outputs["pixel_values_videos"], expected["pixel_values_videos"])
-    assert torch.equal(outputs["video_grid_thw"], expected["video_grid_thw"])
+@pytest.mark.parametrize("dtype", (torch.uint8, torch.float32))
+@pytest.mark.parametrize("do_rescale", (True, False))
+@pytest.mark.parametrize("do_normalize", (True, False))
+def test_patches_are_those_of_normalized_frames(dtype, do_rescale, do_normalize):
+    video_processor = VambaVideoProcessor(size={"shortest_edge": 28, "longest_edge": 84})
+    videos = [torch.from_numpy(frames_of(n, 56, 84, seed=n)).to(dtype) for n in (4, 7)]
+    kwargs = {"do_rescale": do_rescale, "do_normalize": do_normalize}
+    kwargs |= {"image_mean": [0.4, 0.5, 0.1], "image_std": [0.2, 0.3, 0.5]}
+    outputs = video_processor(videos, return_tensors="pt", **kwargs)
+    assert outputs["video_grid_thw"].tolist() == [[2, 4, 6], [3, 4, 6]]
+    frames = torch.cat([videos[0], videos[1][:6]]).movedim(-1, 1)
+    frames = video_processor.rescale_and_normalize(
+        frames, do_rescale, 1 / 255, do_normalize, tuple(kwargs["image_mean"]), tuple(kwargs["image_std"])
+    )
+    patches = frames.reshape(5, 2, 3, 2, 2, 14, 3, 2, 14).permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(5 * 24, -1)
+    assert outputs["pixel_values_videos"].dtype == patches.dtype
+    assert torch.equal(outputs["pixel_values_videos"], patches)
 
 
-def test_only_a_step_of_a_video_is_float_at_a_time(monkeypatch):
-    lengths = []
-    normalize = VambaVideoProcessor.rescale_and_normalize
+def test_patches_are_normalized_where_they_stay(monkeypatch):
+    """A video of float would be four times as large as its frames, and take the memory twice."""
+    places = []
 
-    def record(self, patches, *args):
-        lengths.append(len(patches))
-        return normalize(self, patches, *args)
+    def record(patches, *args, **kwargs):
+        places.append((patches.data_ptr(), len(patches)))
+        return normalize(patches, *args, **kwargs)
 
-    monkeypatch.setattr(VambaVideoProcessor, "rescale_and_normalize", record)
-    VambaVideoProcessor(size={"shortest_edge": 28, "longest_edge": 28})(frames_of(70, 28, 28))
-    assert lengths == [16 * 2] * 17 + [16]
+    monkeypatch.setattr(video_processing_vamba, "normalize", record)
+    video_processor = VambaVideoProcessor(size={"shortest_edge": 28, "longest_edge": 28})
+    pixels = video_processor(frames_of(70, 28, 28), return_tensors="pt")["pixel_values_videos"]
+    assert places == [(pixels[16 * step].data_ptr(), 16) for step in range(35)]
 
 
 def test_odd_last_frame_is_dropped_and_single_frame_repeated(video_processor):

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
+from torchvision.transforms.v2.functional import normalize
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
@@ -111,9 +112,6 @@ class VambaVideoProcessor(BaseVideoProcessor):
     source_limits = SourceLimits()
     valid_kwargs = VambaVideoProcessorKwargs
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
-
-    # How much of a video is turned to float at a time: what a CPU's cache holds. The rest stays uint8 until its turn.
-    temporal_patches_per_step = 2
 
     def __init__(self, **kwargs: Unpack[VambaVideoProcessorKwargs]):
         kwargs = self.choose_sampling(kwargs)
@@ -468,18 +466,31 @@ class VambaVideoProcessor(BaseVideoProcessor):
             grids.append([max(num_frames // temporal_patch_size, 1), height // patch_size, width // patch_size])
         video_grid_thw = torch.tensor(grids)
 
-        pixel_values, row = None, 0
+        mean, std, do_rescale = self._fuse_mean_std_and_rescale_factor(
+            do_normalize=do_normalize,
+            image_mean=image_mean,
+            image_std=image_std,
+            do_rescale=do_rescale,
+            rescale_factor=rescale_factor,
+            device=videos[0].device,
+        )
+        like = videos[0][:0]
+        like = like.float() if do_normalize else like * rescale_factor if do_rescale else like
+        num_channels = like.shape[1]
+        patch_dim = num_channels * temporal_patch_size * patch_size**2
+        pixel_values, row = allocate((int(video_grid_thw.prod(dim=1).sum()), patch_dim), like), 0
         for video in videos:
             video = video[: whole_patches(len(video), temporal_patch_size)]
-            for frames in video.split(self.temporal_patches_per_step * temporal_patch_size):
+            # A temporal patch at a time, which a CPU's cache holds, and where it stays: new memory is slow.
+            for frames in video.split(temporal_patch_size):
                 patches = patchify(frames, patch_size, temporal_patch_size, merge_size)
-                patches = self.rescale_and_normalize(
-                    patches, do_rescale, rescale_factor, do_normalize, image_mean, image_std
-                ).flatten(1)
-                if pixel_values is None:
-                    pixel_values = allocate((int(video_grid_thw.prod(dim=1).sum()), patches.shape[-1]), patches)
-                pixel_values[row : row + len(patches)] = patches
-                row += len(patches)
+                rows = pixel_values[row : row + math.prod(patches.shape[:5])]
+                rows.view(patches.shape).copy_(patches)
+                if do_normalize:
+                    normalize(rows.view(len(rows), num_channels, -1, patch_size), mean, std, inplace=True)
+                elif do_rescale:
+                    rows *= rescale_factor
+                row += len(rows)
         return BatchFeature(
             data={"pixel_values_videos": pixel_values, "video_grid_thw": video_grid_thw}, tensor_type=return_tensors
         )

@@ -3,7 +3,6 @@ import functools
 import http.server
 import io
 import json
-import multiprocessing
 import os
 import re
 import subprocess
@@ -152,67 +151,6 @@ def test_decoding_goes_on_while_patches_are_made(processor, video_file, monkeypa
     monkeypatch.setattr(video_processor, "preprocess_resized", wait)
     assert len(list(processor.iter_video_segments(video_file, num_frames=8, segment_frames=2))) == 4
     assert seen[0] >= 2 * 6  # each frame is resized twice: those of this segment, and of two more
-
-
-@pytest.fixture
-def pinned(monkeypatch):
-    """The segments that have been pinned, as if the program used CUDA; the others are not in this list."""
-    segments = []
-
-    def pin(tensor):
-        segments.append(id(copy := tensor.clone()))
-        return copy
-
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    return segments
-
-
-def test_segments_are_pinned_for_a_gpu(processor, video_file, pinned):
-    expected = processor(videos=[video_file], return_tensors="pt", num_frames=24)
-    assert not pinned  # a whole video may not fit
-    pixels, is_pinned = [], []
-    for segment in processor.iter_video_segments(video_file, num_frames=24, segment_frames=2):
-        pixels.append(segment["pixel_values_videos"].clone())
-        is_pinned.append(id(segment["pixel_values_videos"]) in pinned)
-        del segment
-    assert all(is_pinned) and len(is_pinned) == 12
-    assert torch.equal(torch.cat(pixels), expected["pixel_values_videos"])
-
-
-def test_who_keeps_segments_does_not_pin_them_all(processor, video_file, pinned):
-    segments = list(processor.iter_video_segments(video_file, num_frames=24, segment_frames=2))
-    is_pinned = [id(segment["pixel_values_videos"]) in pinned for segment in segments]
-    assert is_pinned == [True] * video_segments.PINNED_SEGMENTS + [False] * (12 - video_segments.PINNED_SEGMENTS)
-
-
-def test_nothing_is_pinned_where_that_makes_no_sense(processor, video_file, pinned, monkeypatch):
-    (segment,) = processor.iter_video_segments(video_file, num_frames=8, return_tensors="np")
-    assert isinstance(segment["pixel_values_videos"], np.ndarray)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    list(processor.iter_video_segments(video_file, num_frames=8))
-    assert not pinned
-
-
-def put_whether_pinned(processor, queue):
-    frames = np.zeros((4, 56, 84, 3), dtype=np.uint8)
-    (segment,) = processor.iter_video_segments(frames, do_sample_frames=False)
-    queue.put(segment["pixel_values_videos"].is_pinned())
-
-
-@pytest.mark.gpu
-def test_pinned_memory_of_a_real_gpu_but_not_in_a_fork(processor, video_file):
-    torch.cuda.init()
-    expected = processor(videos=[video_file], return_tensors="pt", num_frames=24)
-    segments = list(processor.iter_video_segments(video_file, num_frames=24, segment_frames=8))
-    assert all(segment["pixel_values_videos"].is_pinned() for segment in segments)
-    assert_equal(segments, expected)
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    process = context.Process(target=put_whether_pinned, args=(processor, queue))
-    process.start()
-    assert queue.get() is False
-    process.join()
 
 
 def times_of(segments):

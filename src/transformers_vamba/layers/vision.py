@@ -21,6 +21,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     VisionMlp,
     eager_attention_forward,
 )
+from transformers.vision_utils import get_vision_attention_seqlens, get_vision_position_ids
 
 from ..inputs.media import Medium, split_into_segments
 from ..ops.activation import quick_gelu
@@ -153,9 +154,15 @@ class VambaVisionModel(Qwen2VisionTransformerPretrainedModel):
             (sum(t for t, _, _ in run), *size)
             for size, run in itertools.groupby((medium.grid for medium in media), key=lambda grid: grid[1:])
         ]
+        # On the host, where sizes are read without waiting for what the GPU computes: the segment before.
+        grid_thw = torch.tensor(grids)
+        cu_seqlens, max_seqlen = get_vision_attention_seqlens(grid_thw, self.config)
         return self(
             pixel_values.to(self.dtype),
-            grid_thw=torch.tensor(grids, device=device),
+            grid_thw=grid_thw,
+            position_ids=copy_aside(get_vision_position_ids(grid_thw, self.spatial_merge_size), device),
+            cu_seqlens=copy_aside(cu_seqlens, device),
+            max_seqlen=max_seqlen,
             frame_length=math.prod(grids[0][1:]) if len(grids) == 1 else None,
         )
 

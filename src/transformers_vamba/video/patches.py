@@ -14,22 +14,21 @@ def whole_patches(num_frames: int, temporal_patch_size: int) -> int:
 
 def patchify(frames: torch.Tensor, patch_size: int, temporal_patch_size: int, merge_size: int) -> torch.Tensor:
     """
-    Cuts frames into patches in Qwen2-VL's order, before they are turned to float: a quarter of the memory is moved.
+    Frames as patches in Qwen2-VL's order, which nothing has copied yet.
 
     Args:
         frames (`torch.Tensor`):
             Of shape (frames, channels, height, width). The last one is repeated to fill a temporal patch.
 
     Returns:
-        `torch.Tensor`: of shape (patches, channels, temporal_patch_size * patch_size, patch_size).
+        `torch.Tensor`: a view of shape (temporal patches, rows of merged patches, columns of these, rows of patches in
+        them, columns of these, channels, temporal_patch_size, patch_size, patch_size).
     """
     if missing := -len(frames) % temporal_patch_size:
         frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
     frames = frames.unflatten(0, (-1, temporal_patch_size))
     frames = frames.unflatten(-2, (-1, merge_size, patch_size)).unflatten(-1, (-1, merge_size, patch_size))
-    # time, frame in the patch, channels, then rows and columns of merged patches, of patches and of pixels
-    frames = frames.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return frames.reshape(-1, frames.shape[5], temporal_patch_size * patch_size, patch_size)
+    return frames.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
 
 
 def allocate(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:

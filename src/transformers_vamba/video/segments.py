@@ -5,7 +5,6 @@ import atexit
 import itertools
 import math
 import threading
-import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from fractions import Fraction
@@ -19,15 +18,13 @@ from transformers.image_processing_utils import BatchFeature
 
 from .container import Picture, decode_packet, demux, has_table, open_video, video_stream
 from .index import seconds_of_frames
+from .patches import allocate
 from .reading import check_video, normalize_video, open_frames, open_named_source
 from .sources import errors_of
 
 
 # Segments that are ready or in the making while the reader is busy with one, and as many that are decoded before.
 SEGMENTS_AHEAD = 2
-# Segments in pinned memory at a time: beside those, the one that is encoded and the one before it. Who keeps more than
-# that gets the others in ordinary memory.
-PINNED_SEGMENTS = SEGMENTS_AHEAD + 2
 # How long leaving waits for what is being read: a source that has stalled may never go on.
 LEAVING_SECONDS = 1.0
 
@@ -203,29 +200,19 @@ def preprocess_stretches(
     video_processor, stretches: Generator, temporal_patch_size: int, videos_kwargs: dict
 ) -> Generator[tuple[BatchFeature, int, int | None]]:
     """
-    The patches of each stretch of resized frames, their number of frames, and that of the whole video. In a program
-    that uses CUDA they lie in pinned memory, from where they are copied faster.
+    The patches of each stretch of resized frames, their number of frames, and that of the whole video.
     """
-    pinned: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     with closing(stretches):
         for i, (frames, seconds, num_frames) in enumerate(stretches):
             if i:  # only a whole video repeats a frame to fill a temporal patch
                 frames = frames[: len(frames) - len(frames) % temporal_patch_size]
             if frames:
                 # Channels last, as the frames lie in memory: rows are copied whole.
-                stretch = torch.stack([frame.movedim(0, -1) for frame in frames]).movedim(-1, 1)
+                frames = [frame.movedim(0, -1) for frame in frames]
+                stretch = torch.stack(frames, out=allocate((len(frames), *frames[0].shape), frames[0])).movedim(-1, 1)
                 segment = video_processor.preprocess_resized([stretch], **videos_kwargs)
                 video_processor.add_timestamps(segment, [seconds], **videos_kwargs)
-                if len(pinned) < PINNED_SEGMENTS and can_pin(segment["pixel_values_videos"]):
-                    segment["pixel_values_videos"] = segment["pixel_values_videos"].pin_memory()
-                    pinned.add(segment["pixel_values_videos"])
                 yield segment, len(frames), num_frames
-
-
-def can_pin(pixel_values) -> bool:
-    """Whether to pin these. Reading never begins to use CUDA itself, nor in the fork of a process that does."""
-    is_on_host = isinstance(pixel_values, torch.Tensor) and pixel_values.device.type == "cpu"
-    return is_on_host and torch.cuda.is_initialized()
 
 
 def leave_cores_to_decoders():
