@@ -9,8 +9,10 @@ from tiny_vamba import cache_of, make_media, make_text, tiny_model
 
 from transformers_vamba import VambaCache
 from transformers_vamba.generation import locate
-from transformers_vamba.generation.locate import VideoReading, log_weights_of_steps
+from transformers_vamba.generation.locate import VideoReading
+from transformers_vamba.ops import time_steps
 from transformers_vamba.ops.quantized_attention import quantize
+from transformers_vamba.ops.time_steps import log_weights_of_steps
 
 
 VIDEO, TIMES = make_media("video", (5, 4, 6)), torch.tensor([0, 500, 1250, 1500, 2000])
@@ -50,7 +52,8 @@ def reference(model, text, cache, video, predicts, row=0):
 
 @pytest.fixture(params=(2**24, 60), ids=("at once", "in chunks"))
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(locate, "SCORES_AT_ONCE", request.param)
+    monkeypatch.setattr(locate, "WEIGHTS_AT_ONCE", request.param)
+    monkeypatch.setattr(time_steps, "SCORES_AT_ONCE", request.param)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

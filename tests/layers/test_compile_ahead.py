@@ -75,13 +75,17 @@ def test_covers_training(launches, dtype):
 @pytest.mark.parametrize("implementation", ("dynamic", "quantized"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
 def test_covers_a_question(launches, monkeypatch, dtype, implementation):
-    """From the video to a recorded step, in which PyTorch reads the video in float32."""
+    """
+    From the video to a recorded step, in which PyTorch reads the video in float32, and to what was read of its time
+    steps.
+    """
     compiled = compiled_for(launches, dtype, is_quantized=implementation == "quantized")
     monkeypatch.setattr("transformers_vamba.layers.decoder.prefers_flash", lambda query, *_: query.itemsize == 2)
     model = tiny_model(dtype=dtype)
     cache = model.encode_video(**VIDEO, segment_frames=4, video_cache_implementation=implementation)
     with torch.no_grad(), recorded_launches():
         model(input_ids=make_text(length=1), cache=cache)
+        model.locate(make_text(length=3), cache)
     assert set(launches) <= compiled
     assert {name for name, *_ in launches} == {name for name, *_ in compiled}
 

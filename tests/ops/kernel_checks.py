@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 What the Triton kernels give, and their gradients, against the definitions in float64: a scan, a convolution, a gated
-norm, the tower's activation, rotations, branches of a residual stream, attention of few queries, and parts of a
-decoding step.
+norm, the tower's activation, rotations, branches of a residual stream, attention of few queries, what is read of each
+time step, and parts of a decoding step.
 
 As a program it checks the Triton kernels on a CPU, with Triton's interpreter: `TRITON_INTERPRET=1` must be set before
 Triton is imported, hence a process of its own.
@@ -37,6 +37,7 @@ from transformers_vamba.ops.quantized_attention import quantize
 from transformers_vamba.ops.rotary import rotate_patches, rotate_text
 from transformers_vamba.ops.scan import scan
 from transformers_vamba.ops.step_kernels import can_fuse, gate_and_up, mix_and_norm
+from transformers_vamba.ops.time_steps import log_weights_of_steps
 
 
 # Lengths of the sequences, whether the first has begun before, and heads, head size, state size and groups.
@@ -65,6 +66,13 @@ DECODINGS = [
     (2, 130, 200, 16, False, False),
     (4, 7, 1000, 32, True, True),
     (2, 130, 65, 16, True, False),
+]
+# Heads, queries per head, tokens of each time step, head size, whether in 8 bits, and whether tokens lie apart.
+READINGS = [
+    (2, 3, (1,), 16, False, False),
+    (2, 130, (5, 0, 64, 65, 130, 0), 16, False, True),
+    (4, 14, (200, 0, 1, 63), 32, True, True),
+    (2, 129, (0, 7, 7, 100), 16, True, False),
 ]
 STEPS = [(1, 1, 64, 96), (3, 1, 40, 200), (2, 8, 256, 70)]  # rows, tokens, hidden size, size of the MLP
 # Rows, tokens, channels, channels within the branch, whether there is a LayerNorm, and whether the product has a bias.
@@ -263,27 +271,49 @@ def text_errors(num_rows, num_tokens, num_heads, head_dim, device="cpu", dtype=t
     return errors(outputs, ours, apply_rotary_pos_emb(*inputs, cos, sin, unsqueeze_dim=2), inputs)
 
 
+def draw_states(shape, is_quantized, is_token_major, device, dtype) -> tuple:
+    """Keys or values of this shape, and the same in float64."""
+    states = torch.randn(shape, dtype=dtype, device=device)
+    if not is_quantized:
+        return tokens_first(states) if is_token_major else states, states.double()
+    states = quantize(states, states.float().mean(2, keepdim=True))
+    full = states.codes.double() * states.scales + states.centre
+    if is_token_major:
+        states = states._replace(codes=tokens_first(states.codes), scales=tokens_first(states.scales))
+    return states, full
+
+
 def decoding_errors(
     num_heads, num_queries, num_tokens, head_dim, is_quantized, is_token_major, device="cpu", dtype=torch.float16
 ) -> list[float]:
     torch.manual_seed(0)
     shape = (1, num_heads, num_tokens, head_dim)
     query = 3 * torch.randn(1, num_heads, num_queries, head_dim, dtype=dtype, device=device)
-    keys, values = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
-    full = keys.double(), values.double()
-    if is_quantized:
-        keys, values = (quantize(x, x.float().mean(2, keepdim=True)) for x in (keys, values))
-        full = keys.dequantize().double(), values.dequantize().double()
-    if is_token_major:
-        keys, values = (
-            x._replace(codes=tokens_first(x.codes), scales=tokens_first(x.scales)) if is_quantized else tokens_first(x)
-            for x in (keys, values)
-        )
+    states = [draw_states(shape, is_quantized, is_token_major, device, dtype) for _ in range(2)]
+    (keys, full_keys), (values, full_values) = states
     assert can_flash_decode(query)
-    expected = ((query.double() @ full[0].mT / head_dim**0.5).softmax(-1) @ full[1]).transpose(1, 2)
+    expected = ((query.double() @ full_keys.mT / head_dim**0.5).softmax(-1) @ full_values).transpose(1, 2)
     found = flash_decode(query, keys, values, head_dim**-0.5)
     assert found.dtype == dtype
     return [((found.double() - expected).norm() / expected.norm()).item()]
+
+
+def reading_errors(
+    num_heads, num_queries, num_tokens, head_dim, is_quantized, is_token_major, device="cpu", dtype=torch.float16
+) -> list[float]:
+    """Of the weights of the time steps: of all together, and the largest of any single one."""
+    torch.manual_seed(0)
+    query = 3 * torch.randn(num_heads, num_queries, head_dim, dtype=dtype, device=device)
+    shape = (1, num_heads, sum(num_tokens), head_dim)
+    keys, full = draw_states(shape, is_quantized, is_token_major, device, dtype)
+    weights = (query.double() @ full[0].mT / head_dim**0.5).softmax(-1)
+    expected = torch.stack([each.sum(-1) for each in weights.split(num_tokens, -1)], -1)
+    found = log_weights_of_steps(query, keys, torch.tensor(num_tokens), head_dim**-0.5)
+    assert found.dtype == torch.float32 and found.shape == expected.shape
+    found, is_empty = found.double().exp(), torch.tensor(num_tokens) == 0
+    assert (found[..., is_empty] == 0).all()
+    difference, norm = (found - expected)[..., ~is_empty], expected.norm()
+    return [(difference.norm() / norm).item(), (difference / expected[..., ~is_empty]).abs().max().item()]
 
 
 @torch.no_grad()
@@ -329,6 +359,7 @@ def main():
         (activated_errors, ACTIVATED, 1e-3),
         (text_errors, TEXTS, 1e-4),
         (decoding_errors, DECODINGS, 2e-3),  # in float16
+        (reading_errors, READINGS, 1e-4),
         (step_errors, STEPS, 2e-3),
     ]
     for check, cases, tolerance in checks:

@@ -38,12 +38,14 @@ def choose(weights: torch.Tensor, steps: torch.Tensor, num_tokens: int) -> torch
     are taken by what was read of each of their tokens, and the last one is cut to what is left.
 
     Args:
-        weights (`torch.Tensor` of shape `(num_steps,)`): How much of each time step was read, on the CPU.
-        steps (`torch.LongTensor` of shape `(num_steps,)`): Tokens of each time step.
+        weights (`torch.Tensor` of shape `(num_steps,)`): How much of each time step was read.
+        steps (`torch.LongTensor` of shape `(num_steps,)`): Tokens of each time step, on the same device.
         num_tokens (`int`): How many tokens to take, at most all.
     """
     order = (weights / steps.clamp(min=1)).argsort(descending=True, stable=True)
     taken = torch.zeros_like(steps)
     taken[order] = (num_tokens - steps[order].cumsum(0) + steps[order]).clamp(min=0).minimum(steps[order])
     dropped_before = (steps - taken).cumsum(0) - (steps - taken)
-    return torch.arange(num_tokens) + dropped_before.repeat_interleave(taken)
+    # With its size, which the host would wait for otherwise.
+    dropped_before = dropped_before.repeat_interleave(taken, output_size=num_tokens)
+    return torch.arange(num_tokens, device=steps.device) + dropped_before

@@ -16,11 +16,11 @@ from ..configuration_vamba import VambaConfig, VambaTextConfig
 from ..inputs.media import count_patch_values
 from ..modeling_vamba import VambaForConditionalGeneration
 from ..ops.scan_kernels import CHUNK
+from ..ops.time_steps import SCORES_AT_ONCE
 from ..video.patches import whole_patches
 from ..video.reading import check_video, normalize_video, open_frames
 from ..video.sources import describe_source, is_file
 from ..video_processing_vamba import VambaVideoProcessor
-from .locate import SCORES_AT_ONCE
 from .read_share import TOKENS_WATCHED
 
 
@@ -236,7 +236,7 @@ def tokens_of_excerpt(
 def choosing_bytes(config: VambaTextConfig, num_tokens: int, copies_keys: bool) -> int:
     """
     The most that lives at once while a prompt chooses what is read of a video of so many tokens, beside the text: the
-    scores of some of them in float32, and their keys unless these are read as they are.
+    scores of some of them in float32, and their keys unless these are read as they are. A kernel on a GPU takes less.
     """
     num_queries = config.num_attention_heads * TOKENS_WATCHED
     head_dim = config.hidden_size // config.num_attention_heads

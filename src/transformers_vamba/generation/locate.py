@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """When something happened: how much of each moment of a video the cross-attention of a text has read."""
 
-import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from ..cache.cache import VambaCache
 from ..cache.layers import VideoStates
 from ..cache.steps import VideoSteps
 from ..layers.decoder import VambaCrossAttention, VideoRead
-from ..ops.quantized_attention import QuantizedStates
+from ..ops.time_steps import log_weights_of_steps
+from ..parallel.devices import copy_aside
 
 
-# Scores of keys, and weights of steps, that are in memory at once, of all heads and queries: 64 MiB.
-SCORES_AT_ONCE = 2**24
+# Weights of steps that are in memory at once, of all heads and queries: 64 MiB.
+WEIGHTS_AT_ONCE = 2**24
 # What a step of a moment is read of at least, as a share of the step that is read most.
 LEAST_WEIGHT = 0.15
 
@@ -98,60 +97,16 @@ class Reader:
 
     def receive(self, layer_idx: int, row: int, log_weights: torch.Tensor) -> None:
         """Adds float32 logarithms of weights, `(num_heads, num_tokens, num_steps)`."""
-        num_tokens = self.steps[row].num_tokens.to(log_weights.device)
+        num_tokens = copy_aside(self.steps[row].num_tokens, log_weights.device)
         evenly = (num_tokens / num_tokens.sum()).log()
         weights = log_weights.exp()
         divergence = (weights * (log_weights - evenly)).nan_to_num(0.0).sum(-1, keepdim=True)
-        self.sums[row] = self.sums[row] + (divergence.clamp(min=1e-6) * weights).sum((0, 1)).cpu()
+        # Which stays where the layer is: nothing waits for it.
+        self.sums[row] = self.sums[row].to(weights.device) + (divergence.clamp(min=1e-6) * weights).sum((0, 1))
 
     def readings(self) -> list[VideoReading]:
         """Of each row."""
-        return [VideoReading(sums / sums.sum(), steps.seconds) for sums, steps in zip(self.sums, self.steps)]
-
-
-def log_weights_of_steps(
-    query: torch.Tensor, keys: VideoStates, num_tokens: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """
-    The logarithm of what each query reads of each step: of the sum of its attention weights, float32 of shape
-    `(num_heads, num_queries, num_steps)`. A chunk of keys at a time, by the log-sum-exp of each step.
-
-    Args:
-        query (`torch.Tensor` of shape `(num_heads, num_queries, head_dim)`): The queries of the heads of the keys.
-        keys (`torch.Tensor` or `QuantizedStates` of shape `(1, num_heads, num_keys, head_dim)`): All keys of a video.
-        num_tokens (`torch.LongTensor` of shape `(num_steps,)`): Keys of each step, in order.
-        scaling (`float`): Factor of the scores.
-    """
-    num_keys = keys.shape[2]
-    query = query.float() * scaling
-    ends = num_tokens.cumsum(0)
-    bounds = F.pad(ends, (1, 0))
-    sums = query.new_full((*query.shape[:2], len(num_tokens)), -math.inf)
-    length = max(1, SCORES_AT_ONCE // (query.shape[0] * query.shape[1]))
-    for start in range(0, num_keys, length):
-        stop = min(start + length, num_keys)
-        first, last = torch.searchsorted(ends, torch.tensor([start, stop - 1]), right=True).tolist()
-        places = (bounds[first : last + 2].clamp(start, stop) - start).to(query.device)
-        steps = sums[..., first : last + 1]
-        torch.logaddexp(steps, _log_sums(query, _read_keys(keys, start, stop), places), out=steps)
-    return sums.log_softmax(-1)
-
-
-def _log_sums(query: torch.Tensor, keys: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """The log-sum-exp of the scores of keys, from each of these places to the next; one tensor of scores at a time."""
-    scores = query @ keys.transpose(1, 2)
-    largest = scores.amax(-1, keepdim=True)
-    summed = scores.sub_(largest).exp_().cumsum_(-1)
-    before = summed[..., (places - 1).clamp(min=0)] * (places > 0)
-    return before.diff().clamp(min=0).log() + largest
-
-
-def _read_keys(keys: VideoStates, start: int, stop: int) -> torch.Tensor:
-    """Some of the keys, float32 of shape `(num_heads, stop - start, head_dim)`; without the centre of 8-bit keys."""
-    if isinstance(keys, QuantizedStates):
-        # What all keys have in common adds the same to all scores of a query, and changes no weight.
-        return keys.codes[0, :, start:stop].float() * keys.scales[0, :, start:stop].float()
-    return keys[0, :, start:stop].float()
+        return [VideoReading((sums / sums.sum()).cpu(), steps.seconds) for sums, steps in zip(self.sums, self.steps)]
 
 
 def read_in_layer(
@@ -162,7 +117,7 @@ def read_in_layer(
     num_queries, num_steps)`, a few tokens at a time. `texts`, `(num_queries, hidden_size)`, is what enters the layer's
     cross-attention.
     """
-    tokens_at_once = max(1, SCORES_AT_ONCE // (layer.num_heads * len(num_tokens)))
+    tokens_at_once = max(1, WEIGHTS_AT_ONCE // (layer.num_heads * len(num_tokens)))
     for tokens in texts.split(tokens_at_once):
         query = layer.q_proj(tokens).view(len(tokens), keys.shape[1], -1, layer.head_dim).transpose(0, 1)
         log_weights = log_weights_of_steps(query.flatten(1, 2), keys, num_tokens, layer.scaling)
@@ -173,6 +128,14 @@ def read_in_layer(
 def videos_by_row(hidden_states: torch.Tensor, reads: list[VideoRead]) -> list[tuple[VideoStates, VideoStates]]:
     """Keys and values of the video that each row of a batch reads; `(None, None)` for a row that reads none."""
     return [(keys, values) for length, keys, values in reads for _ in range(length // hidden_states.shape[1])]
+
+
+def select_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+    """
+    Those of `(sequence_length, hidden_size)` that a mask on the CPU, `(sequence_length,)`, marks. By their indices: to
+    count marks on a device, the host would wait for it.
+    """
+    return hidden_states[copy_aside(token_mask.nonzero().flatten(), hidden_states.device)]
 
 
 def watch_steps(
@@ -186,7 +149,7 @@ def watch_steps(
 
     def watch(cache: VambaCache, layer: VambaCrossAttention, hidden_states: torch.Tensor, reads: list[VideoRead]):
         for row, (keys, _) in enumerate(videos_by_row(hidden_states, reads)):
-            texts = hidden_states[row, token_mask[row].to(hidden_states.device)]
+            texts = select_tokens(hidden_states[row], token_mask[row])
             for log_weights in read_in_layer(layer, texts, keys, steps[row].num_tokens):
                 receive(layer.layer_idx, row, log_weights)
 

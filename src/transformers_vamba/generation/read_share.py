@@ -7,7 +7,8 @@ from ..cache.cache import VambaCache
 from ..cache.excerpts import choose, num_read
 from ..cache.layers import VambaVideoLayer, VideoStates
 from ..layers.decoder import VambaCrossAttention, VideoRead
-from .locate import read_in_layer, videos_by_row
+from ..parallel.devices import copy_aside
+from .locate import read_in_layer, select_tokens, videos_by_row
 
 
 TOKENS_WATCHED = 32  # the last ones of a prompt
@@ -37,7 +38,8 @@ class StepChooser:
             if num_tokens < cache.video_lengths[video]:
                 self._steps[video], self._num_tokens[video] = steps, num_tokens
                 cache.excerpts[video] = []
-        self._weights: dict[tuple[int, int], torch.Tensor] = {}  # by layer and row
+        # By layer and row, where the layer is: the host waits for none of them.
+        self._weights: dict[tuple[int, int], torch.Tensor] = {}
         self._start, self._stop = 0, cache.get_seq_length()  # of what the last pass has brought of the prompt
 
     def expect(self, num_tokens: int) -> None:
@@ -61,13 +63,14 @@ class StepChooser:
             if video is None or video not in self._steps:
                 continue
             steps = self._steps[video]
-            weights = self._weights.setdefault((layer.layer_idx, row), torch.zeros(len(steps)))
+            weights = hidden_states.new_zeros(len(steps), dtype=torch.float32)
+            weights = self._weights.setdefault((layer.layer_idx, row), weights)
             if is_watched[row].any():
                 # A pass may bring more than the prompt, such as candidates for the tokens after it.
                 texts = hidden_states[row, first : first + is_watched.shape[1]]
-                texts = texts[is_watched[row].to(hidden_states.device)]
+                texts = select_tokens(texts, is_watched[row])
                 for log_weights in read_in_layer(layer, texts, videos[video][0], steps):
-                    weights += log_weights.exp().sum((0, 1)).cpu()
+                    weights += log_weights.exp().sum((0, 1))
         if self.has_ended:
             for video in self._steps:
                 cache.excerpts[video].append(self._excerpt(cache, layer.layer_idx, video, videos[video]))
@@ -79,5 +82,5 @@ class StepChooser:
         rows = [row for row in range(0, len(self._rows), self._num_copies) if self._rows[row] == video]
         weights = [self._weights.pop((layer_idx, row)) for row in rows]
         weights = torch.stack([each / each.sum().clamp(min=1e-6) for each in weights]).amax(0)
-        indices = choose(weights, self._steps[video], self._num_tokens[video])
+        indices = choose(weights, copy_aside(self._steps[video], weights.device), self._num_tokens[video])
         return cache.videos[video][layer_idx].excerpt(states, indices)

@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging
 
 from ..configuration_vamba import VambaConfig, VambaTextConfig
-from ..ops.flash_decoding import can_flash_decode, flash_decode
+from ..ops.flash_decoding import can_flash_decode, flash_decode, log_sums_of_steps
 from ..ops.gelu_linear import can_fuse_gelu
 from ..ops.quantized_attention import quantize
 from ..ops.rotary import rotate_text
@@ -113,6 +113,9 @@ def _read_text(whole_config: VambaConfig, purpose: Purpose) -> None:
             if purpose.is_quantized:
                 video = quantize(video, torch.empty(1, num_keys, 1, head_dim, dtype=torch.float32))
             flash_decode(query, video, video, head_dim**-0.5)
+        # What the prompt has read, for `video_read_share` and `locate`.
+        bounds = torch.empty(NUM_TOKENS + 1, dtype=torch.long)
+        log_sums_of_steps(query[0], video, bounds, head_dim**-0.5)
     hidden_states = torch.empty(1, 1, config.hidden_size, dtype=dtype)
     norm = torch.nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
     if can_fuse(hidden_states, norm):
