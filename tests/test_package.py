@@ -56,4 +56,4 @@ def test_error_without_torchvision(fault, tmp_path):
 
 
 def test_how_to_install_the_kernels_is_said():
-    assert "pip install --no-build-isolation '.[cuda]'" in (ROOT / "README.md").read_text()
+    assert "pip install --no-build-isolation '.[cuda]'" in (ROOT / "docs" / "troubleshooting.md").read_text()
