@@ -57,3 +57,8 @@ def test_error_without_torchvision(fault, tmp_path):
 
 def test_how_to_install_the_kernels_is_said():
     assert "pip install --no-build-isolation '.[cuda]'" in (ROOT / "docs" / "troubleshooting.md").read_text()
+
+
+@pytest.mark.parametrize("command", ("make demo", "make test"))
+def test_what_sets_everything_up_is_said(command):
+    assert command in (ROOT / "README.md").read_text()
